@@ -1,0 +1,2 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0

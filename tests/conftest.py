@@ -1,0 +1,36 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""Every test starts from the same state: empty parameter store, seed 0, validation on, float64."""
+
+import os
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+SHARED_DATA = Path(os.environ.get("PYRO_CPA_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    with pyro.validation_enabled(True):
+        yield
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def shared_data():
+    """Path of an optional data file; the test skips, saying why, where it is absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED_DATA / name
+        if not path.exists():
+            pytest.skip(f"optional data file {path} is absent (set PYRO_CPA_DATA to its folder)")
+        return path
+
+    return find
