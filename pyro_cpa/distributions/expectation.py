@@ -1,0 +1,102 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""The E-step: evidence, region probabilities and truncated moments of every datum, streamed over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import integrals
+from .pieces import Pieces, PiecewiseJoint
+
+__all__ = ["RegionPosterior", "evidence", "region_log_probs", "region_posteriors"]
+
+# Pairs of datum and region whose share of p(x) is certainly below exp(-50) = 2e-22 are not integrated:
+# even a million of them change p(x) by less than a unit in the last place.
+NEGLIGIBLE_NATS = 50.0
+# Below this many regions the bound costs more than the integrals it saves.
+PRUNE_ABOVE = 48
+
+
+class RegionPosterior(NamedTuple):
+    """Exact posterior of a batch of data, region by region.
+
+    Attributes:
+        log_prob: (N,) log p(x).
+        log_probs: (N, R) log p(r | x), ``-inf`` for regions of negligible share.
+        mean: (N, R, L) E[z | x, r].
+        covariance: (N, R, L, L) Cov[z | x, r].
+    """
+
+    log_prob: Tensor
+    log_probs: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+
+def _relevant_pairs(joint: PiecewiseJoint, pieces: Pieces) -> Tensor:
+    """(N, R) True where the region's share of p(x) is not certainly negligible."""
+    cells = joint.partition.cells
+    upper = pieces.log_k + integrals.log_mass_bound(cells, pieces.loc, pieces.scale_tril)
+    rows = torch.arange(len(upper), device=upper.device)
+    best = upper.argmax(-1)
+    tril = _per_pair(pieces.scale_tril, rows, best)
+    lower = pieces.log_k[rows, best] + integrals.log_mass(cells[best], pieces.loc[rows, best], tril)
+    return upper >= lower[:, None] - NEGLIGIBLE_NATS
+
+
+def _per_pair(scale_tril: Tensor, rows: Tensor, regions: Tensor) -> Tensor:
+    return scale_tril[regions] if scale_tril.dim() == 3 else scale_tril[rows, regions]
+
+
+def region_log_probs(joint: PiecewiseJoint, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    """log p(x) (N,) and log p(r | x) (N, R) from the pieces of a batch."""
+    cells = joint.partition.cells
+    if len(cells) <= PRUNE_ABOVE:
+        log_joint = pieces.log_k + integrals.log_mass(cells, pieces.loc, pieces.scale_tril)
+    else:
+        rows, regions = _relevant_pairs(joint, pieces).nonzero(as_tuple=True)
+        tril = _per_pair(pieces.scale_tril, rows, regions)
+        log_mass = integrals.log_mass(cells[regions], pieces.loc[rows, regions], tril)
+        log_joint = torch.full_like(pieces.log_k, -torch.inf)
+        log_joint[rows, regions] = pieces.log_k[rows, regions] + log_mass
+    log_prob = log_joint.logsumexp(-1)
+    return log_prob, log_joint - log_prob[:, None]
+
+
+def region_posterior(joint: PiecewiseJoint, x: Tensor) -> RegionPosterior:
+    """Evidence, region probabilities and truncated moments of the rows of x (N, D), all at once."""
+    pieces = joint.pieces(x)
+    cells = joint.partition.cells
+    if len(cells) <= PRUNE_ABOVE:
+        log_mass, mean, covariance = integrals.moments(cells, pieces.loc, pieces.scale_tril)
+        log_joint = pieces.log_k + log_mass
+    else:
+        rows, regions = _relevant_pairs(joint, pieces).nonzero(as_tuple=True)
+        tril = _per_pair(pieces.scale_tril, rows, regions)
+        pair = integrals.moments(cells[regions], pieces.loc[rows, regions], tril)
+        L = pieces.loc.shape[-1]
+        log_joint = torch.full_like(pieces.log_k, -torch.inf)
+        mean = torch.zeros_like(pieces.loc)
+        covariance = pieces.loc.new_zeros(pieces.loc.shape + (L,))
+        log_joint[rows, regions] = pieces.log_k[rows, regions] + pair.log_mass
+        mean[rows, regions] = pair.mean
+        covariance[rows, regions] = pair.covariance
+    log_prob = log_joint.logsumexp(-1)
+    return RegionPosterior(log_prob, log_joint - log_prob[:, None], mean, covariance)
+
+
+def region_posteriors(joint: PiecewiseJoint, x: Tensor) -> Iterator[tuple[slice, RegionPosterior]]:
+    """Chunks of rows of x (N, D) with their exact posterior; each chunk fits the joint's memory budget."""
+    for rows in joint.chunks(x):
+        yield rows, region_posterior(joint, x[rows])
+
+
+def evidence(joint: PiecewiseJoint, x: Tensor) -> Tensor:
+    """Exact log p(x) of the rows of x (N, D): (N,)."""
+    parts = [region_log_probs(joint, joint.pieces(x[rows]))[0] for rows in joint.chunks(x)]
+    return torch.cat(parts) if parts else x.new_zeros(0)

@@ -1,0 +1,231 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""The joint law of latent and data, one Gaussian piece per region of the decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidData
+from ..partition import Partition
+
+__all__ = ["GaussianNoise", "GaussianPrior", "PiecewiseJoint", "Pieces"]
+
+
+class GaussianPrior(NamedTuple):
+    """z ~ N(loc, scale_tril scale_tril'); loc (L,), scale_tril (L, L) lower triangular."""
+
+    loc: Tensor
+    scale_tril: Tensor
+
+
+class GaussianNoise(NamedTuple):
+    """x | z ~ N(g(z), Sx): ``scale`` (D,) standard deviations, or (D, D) lower Cholesky factor of Sx."""
+
+    scale: Tensor
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.scale.dim() == 1
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """(D, D) Sx."""
+        return torch.diag(self.scale**2) if self.is_diagonal else self.scale @ self.scale.mT
+
+
+class Pieces(NamedTuple):
+    r"""What region r says of datum n when it is treated as if it filled the whole latent space.
+
+    Attributes:
+        log_k: (N, R) :math:`\log N(x_n; A_r m + b_r, S_x + A_r V A_r^\top)`.
+        loc: (N, R, L) mean of the Gaussian :math:`p(z | x_n, A_r, b_r)`.
+        scale_tril: (R, L, L) its Cholesky factor; (N, R, L, L) where each datum misses its own entries.
+    """
+
+    log_k: Tensor
+    loc: Tensor
+    scale_tril: Tensor
+
+
+class _Whitened(NamedTuple):
+    """Noise-whitened least-squares problem of a batch: data (N, D'), maps (R, D', L) and (R, D') of the whitened
+    latent (or with a leading N), squared residual (N,) and log-determinant (N,) outside of the D' rows."""
+
+    data: Tensor
+    slopes: Tensor
+    offsets: Tensor
+    residual: Tensor
+    log_det: Tensor
+
+
+def _lower_factor(slopes: Tensor) -> Tensor:
+    """Lower-triangular K with K'K = I + A'A for A = slopes (..., D, L), without forming A'A.
+
+    Modified Gram-Schmidt on the stacked matrix [A; I], last column first: forming A'A would square the condition
+    number, which small noise makes large (1e12 at a noise of 1e-6).
+    """
+    L = slopes.shape[-1]
+    eye = torch.eye(L, dtype=slopes.dtype, device=slopes.device)
+    columns = [
+        torch.cat([slopes[..., j], eye[j].expand(slopes.shape[:-2] + (L,))], dim=-1) for j in range(L)
+    ]
+    factor = slopes.new_zeros(slopes.shape[:-2] + (L, L))
+    for j in reversed(range(L)):
+        norm = torch.linalg.vector_norm(columns[j], dim=-1)
+        factor[..., j, j] = norm
+        unit = columns[j] / norm[..., None]
+        for i in range(j):
+            projection = (unit * columns[i]).sum(-1)
+            factor[..., j, i] = projection
+            columns[i] = columns[i] - projection[..., None] * unit
+    return factor
+
+
+class PiecewiseJoint:
+    """Partition, prior and noise together, detached and in float64: everything the exact posterior needs.
+
+    Args:
+        partition: regions and affine maps of the decoder.
+        prior: law of z.
+        noise: law of x given z.
+        memory_budget: bytes that the temporaries of one chunk of data may take; bounds the peak memory of every
+            method whatever the number of data.
+    """
+
+    def __init__(
+        self, partition: Partition, prior: GaussianPrior, noise: GaussianNoise, memory_budget: int = 2**28
+    ) -> None:
+        self.partition = partition
+        self.prior = prior
+        self.noise = noise
+        self.memory_budget = memory_budget
+        self._complete: tuple[Tensor, ...] | None = None
+
+    @property
+    def slopes(self) -> Tensor:
+        return self.partition.slopes
+
+    @property
+    def offsets(self) -> Tensor:
+        return self.partition.offsets
+
+    def chunks(self, x: Tensor) -> Iterator[slice]:
+        """Consecutive slices of the rows of x (N, D) whose temporaries fit ``memory_budget``."""
+        R, (D, L) = self.partition.num_regions, self.slopes.shape[-2:]
+        width = D * (L + 2) if bool(x.isnan().any()) else min(D, self.partition.output_weight.shape[-1] + 1)
+        # About 8 temporaries of L x L, and 2 of the residual's width, per pair of datum and region.
+        bytes_per_row = 8 * R * (8 * (1 + L + L * L) + 2 * width)
+        rows = max(1, self.memory_budget // bytes_per_row)
+        for start in range(0, x.shape[0], rows):
+            yield slice(start, min(start + rows, x.shape[0]))
+
+    def pieces(self, x: Tensor) -> Pieces:
+        """The Gaussian pieces of the rows of x (N, D) float64; NaN entries are marginalised out."""
+        missing = x.isnan()
+        w = self._whiten_incomplete(x, missing) if bool(missing.any()) else self._whiten_complete(x)
+        factor = _lower_factor(w.slopes)
+        L = factor.shape[-1]
+        eye = torch.eye(L, dtype=x.dtype, device=x.device).expand(factor.shape)
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+        # Least squares through the orthonormal columns A K^-1; its rounding only enters log k squared, because
+        # the residual is evaluated at the solution rather than as a difference of squares.
+        directions = w.slopes @ inverse
+        distance = w.data[:, None] - w.offsets
+        if directions.dim() == 3:
+            projection = torch.einsum("nrd,rdl->nrl", distance, directions)
+            u = torch.einsum("rlk,nrk->nrl", inverse, projection)
+            distance = distance - torch.einsum("rdl,nrl->nrd", w.slopes, u)
+        else:
+            projection = (directions * distance[..., None]).sum(-2)
+            u = (inverse @ projection[..., None])[..., 0]
+            distance = distance - (w.slopes @ u[..., None])[..., 0]
+        square = w.residual[:, None] + distance.square().sum(-1) + u.square().sum(-1)
+        log_det = w.log_det[:, None] + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        loc = self.prior.loc + u @ self.prior.scale_tril.mT
+        return Pieces(-0.5 * square - log_det, loc, self.prior.scale_tril @ inverse)
+
+    def _latent_whitened(self, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Affine maps of u, where z = loc + scale_tril u and u ~ N(0, I)."""
+        return slopes @ self.prior.scale_tril, offsets + slopes @ self.prior.loc
+
+    def _divide_by_noise(self, columns: Tensor) -> Tensor:
+        """Lx^-1 columns, for columns (..., D, C)."""
+        if self.noise.is_diagonal:
+            return columns / self.noise.scale[:, None]
+        return torch.linalg.solve_triangular(self.noise.scale, columns, upper=False)
+
+    def _whiten_complete(self, x: Tensor) -> _Whitened:
+        """Project on the span of the last layer (all maps share it), so that work per pair is min(D, H + 1)."""
+        if self._complete is None:
+            part = self.partition
+            shared = torch.cat([part.output_weight, part.output_bias[:, None]], dim=1)
+            if shared.shape[0] > shared.shape[1]:
+                basis, coefficients = torch.linalg.qr(self._divide_by_noise(shared))
+                slopes = coefficients[:, :-1] @ part.feature_slopes
+                offsets = part.feature_offsets @ coefficients[:, :-1].mT + coefficients[:, -1]
+            else:
+                basis = torch.eye(shared.shape[0], dtype=x.dtype, device=x.device)
+                slopes = self._divide_by_noise(part.slopes)
+                offsets = self._divide_by_noise(part.offsets.mT).mT
+            scale = self.noise.scale if self.noise.is_diagonal else self.noise.scale.diagonal()
+            log_det = scale.log().sum() + 0.5 * math.log(2 * math.pi) * x.shape[-1]
+            self._complete = (basis, *self._latent_whitened(slopes, offsets), log_det)
+        basis, slopes, offsets, log_det = self._complete
+        white = self._divide_by_noise(x.mT).mT
+        if basis.shape[0] == basis.shape[1]:
+            return _Whitened(white, slopes, offsets, white.new_zeros(len(x)), log_det.expand(len(x)))
+        data = white @ basis
+        residual = (white - data @ basis.mT).square().sum(-1)
+        return _Whitened(data, slopes, offsets, residual, log_det.expand(len(x)))
+
+    def _whiten_incomplete(self, x: Tensor, missing: Tensor) -> _Whitened:
+        """Each datum keeps its own observed rows: the missing ones become zero rows of the problem."""
+        observed = (~missing).to(x.dtype)
+        slopes, offsets = self._latent_whitened(self.slopes, self.offsets)
+        data = torch.where(missing, 0.0, x)
+        log_2pi = 0.5 * math.log(2 * math.pi) * observed.sum(-1)
+        if self.noise.is_diagonal:
+            weight = observed / self.noise.scale
+            log_det = (observed * self.noise.scale.log()).sum(-1) + log_2pi
+            return _Whitened(
+                data * weight, slopes * weight[:, None, :, None], offsets * weight[:, None], log_2pi * 0, log_det
+            )
+        # A missing coordinate gets unit variance and no correlation: the factor then whitens the observed ones alone.
+        both = observed[:, :, None] * observed[:, None, :]
+        tril = torch.linalg.cholesky(self.noise.covariance_matrix * both + torch.diag_embed(1 - observed))
+        R, D, L = slopes.shape
+        columns = torch.cat([offsets.mT, slopes.permute(1, 0, 2).reshape(D, R * L), ], dim=1)
+        columns = torch.cat([data[..., None], observed[..., None] * columns], dim=-1)
+        white = torch.linalg.solve_triangular(tril, columns, upper=False)
+        log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + log_2pi
+        return _Whitened(
+            white[..., 0],
+            white[..., 1 + R :].unflatten(-1, (R, L)).movedim(-2, 1),
+            white[..., 1 : 1 + R].mT,
+            log_2pi * 0,
+            log_det,
+        )
+
+
+def check_data(x: Tensor, data_dim: int) -> Tensor:
+    """x as (N, D) float64, or an error that says where it is not data: wrong width or infinite entries."""
+    if x.dim() == 0 or x.shape[-1] != data_dim:
+        raise InvalidData(
+            f"the data has shape {tuple(x.shape)}, but the decoder's output has {data_dim} dimensions: "
+            f"expected (..., {data_dim})"
+        )
+    flat = x.detach().reshape(-1, data_dim).double()
+    infinite = flat.isinf()
+    if bool(infinite.any()):
+        row, column = infinite.nonzero()[0].tolist()
+        raise InvalidData(
+            f"the data holds {flat[row, column].item()} at row {row}, column {column}: values must be finite, "
+            "and NaN where they are missing"
+        )
+    return flat

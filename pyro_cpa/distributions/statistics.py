@@ -1,0 +1,149 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+r"""Sufficient statistics of the complete data under the exact posterior.
+
+They carry both the analytic M-step and, by Fisher's identity, the gradient of the evidence:
+
+.. math::
+
+    \nabla \log p(x) = \mathbb{E}_{p(z, x_{mis} | x)}[\nabla \log \mathcal N(x; g(z), S_x) + \nabla \log \mathcal N(z; m, V)].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .expectation import RegionPosterior
+from .pieces import PiecewiseJoint
+
+__all__ = ["SufficientStatistics", "accumulate", "with_one"]
+
+
+def with_one(mean: Tensor) -> Tensor:
+    """(..., L) -> (..., L + 1): z~ = (z, 1)."""
+    return torch.cat([mean, torch.ones_like(mean[..., :1])], dim=-1)
+
+
+@dataclass(frozen=True)
+class SufficientStatistics:
+    r"""Sums over data of posterior expectations, region by region, with :math:`\tilde z = (z, 1)`; additive.
+
+    The memory is O(R (L + 1)(D + L)), whatever the number of data.
+
+    Attributes:
+        zz: (R, L + 1, L + 1) :math:`\sum_n w_n E[\tilde z \tilde z^\top 1_r]`; its last entry is the count.
+        xz: (R, D, L + 1) :math:`\sum_n w_n E[x \tilde z^\top 1_r]`.
+        xx: (D,) :math:`\sum_n w_n E[x_d^2]` for diagonal noise, (D, D) second moments for a full covariance.
+    """
+
+    zz: Tensor
+    xz: Tensor
+    xx: Tensor
+
+    def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
+        return SufficientStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def count(self) -> Tensor:
+        """Scalar: the total weight of the data."""
+        return self.zz[:, -1, -1].sum()
+
+    def residual(self, slopes: Tensor, offsets: Tensor) -> Tensor:
+        """Sum of E[(x - g(z))^2] per dimension (D,), or of outer products (D, D) for a full covariance."""
+        maps = torch.cat([slopes, offsets[..., None]], dim=-1)
+        fitted = maps @ self.zz
+        if self.xx.dim() == 1:
+            return self.xx + (maps * (fitted - 2 * self.xz)).sum((0, 2))
+        cross = torch.einsum("rdj,rej->de", maps, self.xz)
+        return self.xx - cross - cross.mT + torch.einsum("rdj,rej->de", maps, fitted)
+
+    def expected_log_likelihood(self, slopes: Tensor, offsets: Tensor, noise_scale: Tensor) -> Tensor:
+        """Sum over data of E[log N(x; g(z), Sx)], differentiable in all three arguments."""
+        residual = self.residual(slopes, offsets)
+        if noise_scale.dim() == 1:
+            square = (residual / noise_scale**2).sum()
+            log_det = noise_scale.log().sum()
+        else:
+            square = torch.cholesky_solve(residual, noise_scale).trace()
+            log_det = noise_scale.diagonal().log().sum()
+        constant = 0.5 * math.log(2 * math.pi) * slopes.shape[1]
+        return -0.5 * square - self.count * (log_det + constant)
+
+    def expected_log_prior(self, loc: Tensor, scale_tril: Tensor) -> Tensor:
+        """Sum over data of E[log N(z; loc, scale_tril scale_tril')], differentiable in both arguments."""
+        moments = self.zz.sum(0)
+        cross = torch.outer(loc, moments[-1, :-1])
+        scatter = moments[:-1, :-1] - cross - cross.mT + self.count * torch.outer(loc, loc)
+        square = torch.cholesky_solve(scatter, scale_tril).trace()
+        constant = 0.5 * math.log(2 * math.pi) * loc.shape[0]
+        return -0.5 * square - self.count * (scale_tril.diagonal().log().sum() + constant)
+
+
+def accumulate(
+    joint: PiecewiseJoint, x: Tensor, posterior: RegionPosterior, weights: Tensor | None = None
+) -> SufficientStatistics:
+    """The statistics of the rows of x (N, D), each counted ``weights`` (N,) times (once by default).
+
+    Missing entries enter by their conditional expectation given z and the observed entries, so that the result has
+    the form of complete data.
+    """
+    probs = posterior.log_probs.exp()
+    if weights is not None:
+        probs = probs * weights[:, None]
+    first = with_one(posterior.mean)
+    second = first[..., :, None] * first[..., None, :]
+    second[..., :-1, :-1] += posterior.covariance
+    first, second = probs[..., None] * first, probs[..., None, None] * second
+    missing = x.isnan()
+    if not bool(missing.any()):
+        xz = torch.einsum("nrj,nd->rdj", first, x)
+        weighted = x if weights is None else x * weights[:, None]
+        xx = (weighted * x).sum(0) if joint.noise.is_diagonal else weighted.mT @ x
+        return SufficientStatistics(second.sum(0), xz, xx)
+    maps = torch.cat([joint.slopes, joint.offsets[..., None]], dim=-1)
+    count = torch.ones_like(x[:, 0]) if weights is None else weights
+    complete = _complete_diagonal if joint.noise.is_diagonal else _complete_full
+    xz, xx = complete(joint, x, missing, maps, first, second, count)
+    return SufficientStatistics(second.sum(0), xz, xx)
+
+
+def _complete_diagonal(
+    joint: PiecewiseJoint, x: Tensor, missing: Tensor, maps: Tensor, first: Tensor, second: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A missing entry is g_d(z) plus noise of variance s_d^2, independent of everything else."""
+    absent = missing.to(x.dtype)
+    known = torch.where(missing, 0.0, x)
+    moments = torch.einsum("nrjk,nd->rdjk", second, absent)
+    filled = torch.einsum("rdj,rdjk->rdk", maps, moments)
+    xz = torch.einsum("nrj,nd->rdj", first, known) + filled
+    xx = count @ known.square() + (filled * maps).sum((0, 2)) + (count @ absent) * joint.noise.scale**2
+    return xz, xx
+
+
+def _complete_full(
+    joint: PiecewiseJoint, x: Tensor, missing: Tensor, maps: Tensor, first: Tensor, second: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Given z and the observed entries o, x = known + gain maps z~ with a noise of covariance ``left``."""
+    absent = torch.diag_embed(missing.to(x.dtype))
+    observed = torch.diag_embed((~missing).to(x.dtype))
+    covariance = joint.noise.covariance_matrix
+    # Unit variance in place of a missing entry leaves the inverse of the observed block as it is.
+    inverse = torch.linalg.inv(observed @ covariance @ observed + absent)
+    regression = absent @ covariance @ observed @ inverse @ observed
+    known = torch.where(missing, 0.0, x)
+    known = known + (regression @ known[..., None])[..., 0]
+    gain = absent - regression
+    left = absent @ covariance @ absent - regression @ covariance @ absent
+    R, D, J = maps.shape
+    fitted = torch.einsum("rdj,nrjk->ndrk", maps, second).flatten(2)
+    xz = torch.einsum("nrj,nd->rdj", first, known)
+    xz = xz + torch.einsum("nde,nef->df", gain, fitted).reshape(D, R, J).movedim(1, 0)
+    mean = first.flatten(1) @ maps.movedim(1, -1).flatten(0, 1)
+    cross = torch.einsum("nd,ne->de", known, (gain @ mean[..., None])[..., 0])
+    outer = gain @ (fitted @ maps.movedim(1, -1).flatten(0, 1)) @ gain.mT
+    xx = (count[:, None] * known).mT @ known + cross + cross.mT
+    return xz, xx + (outer + count[:, None, None] * left).sum(0)
