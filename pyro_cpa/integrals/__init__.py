@@ -1,2 +1,18 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
+"""Gaussian integrals over the cells of a partition, exact in every tail.
+
+==================  ======================================================================
+``log_mass``        log-mass of N(loc, scale_tril scale_tril') in every cell
+``moments``         the same with mean and covariance of the truncated Gaussian (``Moments``)
+``log_mass_bound``  cheap upper bound on the log-mass
+``sample``          exact draws of the truncated Gaussian
+==================  ======================================================================
+
+They dispatch on the kind of cells: whole space (any dimension), intervals, polygons.
+"""
+
+from pyro_cpa.integrals import interval, whole_space
+from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
+
+__all__ = ["Moments", "interval", "log_mass", "log_mass_bound", "moments", "sample", "whole_space"]
