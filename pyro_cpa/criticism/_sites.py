@@ -216,7 +216,7 @@ def read_layout(
         if site_is_subsample(node):
             _refuse_subsampling(node)
             continue
-        if node["infer"].get("_deterministic"):
+        if (node["infer"] or {}).get("_deterministic"):
             kind = "deterministic"
         else:
             kind = "observed" if node["is_observed"] else "latent"

@@ -50,7 +50,7 @@ def to_arviz(
     Args:
         source: one of
 
-            - a guide, trained by ``SVI`` (give ``model=``);
+            - a guide, trained by ``SVI`` (an ``AutoGuide`` knows its model; else give ``model=``);
             - an object with attributes ``model`` and ``guide``, such as a fitted
               :class:`~pyro_cpa.infer.EM`;
             - a finished ``MCMC``;
@@ -128,9 +128,9 @@ class _Run:
 
 def _open(source: Any, model: Callable | None, args: tuple, kwargs: dict, num_samples: int) -> _Run:
     if isinstance(source, MCMC):
-        return _open_mcmc(source, model, args or source._args, kwargs or source._kwargs)
-    if hasattr(source, "model") and hasattr(source, "guide"):
-        source, model = source.guide, model or source.model
+        return _open_mcmc(source, model, args or source._args or (), kwargs or source._kwargs or {})
+    model = getattr(source, "model", None) if model is None else model
+    source = getattr(source, "guide", source)
     if model is None:
         raise UnsupportedModel(
             f"to_arviz was given a {type(source).__name__} without the model it belongs to: pass model=..."
@@ -200,6 +200,10 @@ def _open_mcmc(mcmc: MCMC, model: Callable | None, args: tuple, kwargs: dict) ->
     return _Run(model, args, kwargs, chains, draws, traces, stats={"diverging": diverging})
 
 
+def _value(trace: Trace, name: str) -> Tensor:
+    return torch.as_tensor(trace.nodes[name]["value"])
+
+
 def _posterior_groups(run: _Run, layout: Layout) -> dict[str, Any]:
     posterior: Values = {name: [] for name in layout.latents + layout.deterministic}
     likelihood: Values = {name: [] for name in layout.observed}
@@ -210,17 +214,17 @@ def _posterior_groups(run: _Run, layout: Layout) -> dict[str, Any]:
     generate = poutine.uncondition(run.model)
     for trace, guide_trace in run.traces(layout):
         for name, values in posterior.items():
-            values.append(trace.nodes[name]["value"])
+            values.append(_value(trace, name))
         for name, values in likelihood.items():
             values.append(layout.log_likelihood(trace.nodes[name]))
         stats["lp"].append(torch.as_tensor(trace.log_prob_sum()))
         if guide_trace is not None:
             stats.setdefault("log_weight", []).append(stats["lp"][-1] - guide_trace.log_prob_sum())
         if missing:
-            draw = {name: trace.nodes[name]["value"] for name in layout.latents}
+            draw = {name: _value(trace, name) for name in layout.latents}
             replica = poutine.trace(poutine.condition(generate, data=draw)).get_trace(*run.args, **run.kwargs)
             for name in missing:
-                predictive[name].append(replica.nodes[name]["value"])
+                predictive[name].append(_value(replica, name))
     if run.log_evidence is not None:
         likelihood = _exact_likelihood(run.log_evidence, layout, run.chains * run.draws)
     shape = (run.chains, run.draws)
@@ -252,7 +256,7 @@ def _prior_groups(run: _Run, layout: Layout, count: int) -> dict[str, Any]:
         trace = generate.get_trace(*run.args, **run.kwargs)
         for values in (prior, predictive):
             for name in values:
-                values[name].append(trace.nodes[name]["value"])
+                values[name].append(_value(trace, name))
     groups = {
         "prior": layout.dataset(prior, (1, count)),
         "prior_predictive": layout.dataset(predictive, (1, count)),
