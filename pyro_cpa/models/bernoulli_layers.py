@@ -12,7 +12,7 @@ Three models differ only in the maps between layers, in the prior of the top and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -169,6 +169,10 @@ class AbstractBernoulliStack(PyroModule):
         """Distribution of layer ``level`` (0 is x) given its logits; event_dim 1."""
         return dist.Bernoulli(logits=logits).to_event(1)
 
+    def activation(self, level: int, logits: Tensor) -> Tensor:
+        """Mean of :meth:`layer`."""
+        return torch.sigmoid(logits)
+
     def top_logits(self) -> Tensor:
         """(H_L,) logits of the prior of the top layer."""
         return self.prior_logits  # type: ignore[return-value]  # None only where this is replaced
@@ -176,8 +180,8 @@ class AbstractBernoulliStack(PyroModule):
     # ---- Pyro ------------------------------------------------------------------------------------------
 
     @pyro_method
-    def model(self, x: Tensor) -> Tensor:
-        """p(x, z) with ``x`` (N, D) observed; returns x."""
+    def model(self, x: Tensor, observations: Mapping[str, Tensor] | None = None) -> Tensor:
+        """p(x, z) with ``x`` (N, D) observed; returns x. ``observations`` is for the guide alone."""
         generation, top = self.generation, len(self.sizes) - 1
         x = self.check(x)
         with pyro.plate("data", len(x), dim=-1):
@@ -187,10 +191,10 @@ class AbstractBernoulliStack(PyroModule):
             return pyro.sample("x", self.layer(0, generation[0](z)), obs=x)
 
     @pyro_method
-    def guide(self, x: Tensor) -> None:
-        """q(z | x) for ``x`` (N, D)."""
+    def guide(self, x: Tensor, observations: Mapping[str, Tensor] | None = None) -> None:
+        """q(z | x) for ``x`` (N, D), or for the simulated ``observations["x"]`` of a sleep phase."""
         recognition = self.recognition
-        z = self.check(x)
+        z = self.check(x if observations is None else observations["x"])
         with pyro.plate("data", len(z), dim=-1):
             for level, site in enumerate(self.sites[1:], start=1):
                 z = pyro.sample(site, self.layer(level, recognition[level - 1](z)))
@@ -216,12 +220,12 @@ class AbstractBernoulliStack(PyroModule):
         )  # type: ignore[return-value]
 
     @torch.no_grad()
-    def sample_generation(self, num_samples: int) -> list[Tensor]:
-        """Ancestral samples of p: ``[x, z_1, ..., z_L]``, each (num_samples, H_l)."""
+    def sample_generation(self, num_samples: int, top: Tensor | None = None) -> list[Tensor]:
+        """Ancestral samples of p: ``[x, z_1, ..., z_L]``, each (num_samples, H_l); ``top`` clamps z_L."""
         check_sizes(num_samples=num_samples)
-        top = len(self.sizes) - 1
-        layers = [self.layer(top, self.top_logits()).sample((num_samples,))]
-        for level in range(top - 1, -1, -1):
+        last = len(self.sizes) - 1
+        layers = [self.layer(last, self.top_logits()).sample((num_samples,)) if top is None else top]
+        for level in range(last - 1, -1, -1):
             layers.append(self.layer(level, self.generation[level](layers[-1])).sample())
         return layers[::-1]
 
@@ -263,14 +267,14 @@ class AbstractBernoulliStack(PyroModule):
         """
         values = [self.check(x)]
         for level, net in enumerate(self.recognition, start=1):
-            values.append(self.layer(level, net(values[-1])).mean)
+            values.append(self.activation(level, net(values[-1])))
         return values[1:]
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """(N, D) probabilities p(x = 1 | z_1) with z_1 drawn from q(. | x)."""
         z = self.layer(1, self.recognition[0](self.check(x))).sample()
-        return self.layer(0, self.generation[0](z)).mean
+        return self.activation(0, self.generation[0](z))
 
     @torch.no_grad()
     def generate(self, n: int, mode: str = "sample") -> Tensor:
@@ -291,5 +295,5 @@ class AbstractBernoulliStack(PyroModule):
         if mode == "sample":
             return layers[0]
         if mode == "mean":
-            return self.layer(0, self.generation[0](layers[1])).mean
+            return self.activation(0, self.generation[0](layers[1]))
         raise InvalidData(f"mode is {mode!r}; expected 'sample' or 'mean'.")
