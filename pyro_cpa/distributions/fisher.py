@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .expectation import RegionPosterior, evidence, region_posteriors
+from .missing import observed_tril
 from .pieces import PiecewiseJoint
 from .statistics import SufficientStatistics, accumulate, with_one
 
@@ -97,7 +98,5 @@ def _data_gradient(joint: PiecewiseJoint, x: Tensor, posterior: RegionPosterior)
     difference = torch.where(missing, 0.0, first.flatten(1) @ maps.movedim(1, -1).flatten(0, 1) - x)
     if joint.noise.is_diagonal:
         return difference / joint.noise.scale**2
-    observed = (~missing).to(x.dtype)
-    both = observed[:, :, None] * observed[:, None, :]
-    covariance = joint.noise.covariance_matrix * both + torch.diag_embed(1 - observed)
-    return torch.linalg.solve(covariance, difference)
+    tril = observed_tril(joint.noise.covariance_matrix, missing)
+    return torch.cholesky_solve(difference[..., None], tril)[..., 0]

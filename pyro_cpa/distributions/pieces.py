@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InvalidData
 from ..partition import Partition
+from .missing import log_likelihood, observed_tril
 
 __all__ = ["GaussianNoise", "GaussianPrior", "PiecewiseJoint", "Pieces"]
 
@@ -125,6 +125,25 @@ class PiecewiseJoint:
         for start in range(0, x.shape[0], rows):
             yield slice(start, min(start + rows, x.shape[0]))
 
+    def latent_chunks(self, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive slices of the rows of z (M, L), and their rows, whose decoded maps fit ``memory_budget``."""
+        _, D, L = self.slopes.shape
+        rows = max(1, self.memory_budget // (8 * D * (L + 4)))
+        for start in range(0, max(1, z.shape[0]), rows):
+            part = slice(start, start + rows)
+            yield part, z[part]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """g(z) for latents z (M, L): (M, D), differentiable in z."""
+        region = self.partition.locate(z.detach())
+        return (self.slopes[region] @ z[..., None])[..., 0] + self.offsets[region]
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z) row by row: x (M, D), z (M, L), result (M,)."""
+        white = torch.linalg.solve_triangular(self.prior.scale_tril, (z - self.prior.loc).mT, upper=False)
+        log_scale = self.prior.scale_tril.diagonal().log().sum() + 0.5 * math.log(2 * math.pi) * z.shape[-1]
+        return log_likelihood(x, self.decode(z), self.noise.scale) - 0.5 * white.square().sum(0) - log_scale
+
     def pieces(self, x: Tensor) -> Pieces:
         """The Gaussian pieces of the rows of x (N, D) float64; NaN entries are marginalised out."""
         missing = x.isnan()
@@ -196,11 +215,9 @@ class PiecewiseJoint:
             return _Whitened(
                 data * weight, slopes * weight[:, None, :, None], offsets * weight[:, None], log_2pi * 0, log_det
             )
-        # A missing coordinate gets unit variance and no correlation: the factor then whitens the observed ones alone.
-        both = observed[:, :, None] * observed[:, None, :]
-        tril = torch.linalg.cholesky(self.noise.covariance_matrix * both + torch.diag_embed(1 - observed))
+        tril = observed_tril(self.noise.covariance_matrix, missing)
         R, D, L = slopes.shape
-        columns = torch.cat([offsets.mT, slopes.permute(1, 0, 2).reshape(D, R * L), ], dim=1)
+        columns = torch.cat([offsets.mT, slopes.permute(1, 0, 2).reshape(D, R * L)], dim=1)
         columns = torch.cat([data[..., None], observed[..., None] * columns], dim=-1)
         white = torch.linalg.solve_triangular(tril, columns, upper=False)
         log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + log_2pi
@@ -212,20 +229,3 @@ class PiecewiseJoint:
             log_det,
         )
 
-
-def check_data(x: Tensor, data_dim: int) -> Tensor:
-    """x as (N, D) float64, or an error that says where it is not data: wrong width or infinite entries."""
-    if x.dim() == 0 or x.shape[-1] != data_dim:
-        raise InvalidData(
-            f"the data has shape {tuple(x.shape)}, but the decoder's output has {data_dim} dimensions: "
-            f"expected (..., {data_dim})"
-        )
-    flat = x.detach().reshape(-1, data_dim).double()
-    infinite = flat.isinf()
-    if bool(infinite.any()):
-        row, column = infinite.nonzero()[0].tolist()
-        raise InvalidData(
-            f"the data holds {flat[row, column].item()} at row {row}, column {column}: values must be finite, "
-            "and NaN where they are missing"
-        )
-    return flat

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .expectation import RegionPosterior
+from .missing import missing_given_observed
 from .pieces import PiecewiseJoint
 
 __all__ = ["SufficientStatistics", "accumulate", "with_one"]
@@ -107,14 +108,15 @@ def accumulate(
     maps = torch.cat([joint.slopes, joint.offsets[..., None]], dim=-1)
     count = torch.ones_like(x[:, 0]) if weights is None else weights
     complete = _complete_diagonal if joint.noise.is_diagonal else _complete_full
-    xz, xx = complete(joint, x, missing, maps, first, second, count)
+    xz, xx = complete(joint, x, maps, first, second, count)
     return SufficientStatistics(second.sum(0), xz, xx)
 
 
 def _complete_diagonal(
-    joint: PiecewiseJoint, x: Tensor, missing: Tensor, maps: Tensor, first: Tensor, second: Tensor, count: Tensor
+    joint: PiecewiseJoint, x: Tensor, maps: Tensor, first: Tensor, second: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A missing entry is g_d(z) plus noise of variance s_d^2, independent of everything else."""
+    missing = x.isnan()
     absent = missing.to(x.dtype)
     known = torch.where(missing, 0.0, x)
     moments = torch.einsum("nrjk,nd->rdjk", second, absent)
@@ -125,25 +127,17 @@ def _complete_diagonal(
 
 
 def _complete_full(
-    joint: PiecewiseJoint, x: Tensor, missing: Tensor, maps: Tensor, first: Tensor, second: Tensor, count: Tensor
+    joint: PiecewiseJoint, x: Tensor, maps: Tensor, first: Tensor, second: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Given z and the observed entries o, x = known + gain maps z~ with a noise of covariance ``left``."""
-    absent = torch.diag_embed(missing.to(x.dtype))
-    observed = torch.diag_embed((~missing).to(x.dtype))
-    covariance = joint.noise.covariance_matrix
-    # Unit variance in place of a missing entry leaves the inverse of the observed block as it is.
-    inverse = torch.linalg.inv(observed @ covariance @ observed + absent)
-    regression = absent @ covariance @ observed @ inverse @ observed
-    known = torch.where(missing, 0.0, x)
-    known = known + (regression @ known[..., None])[..., 0]
-    gain = absent - regression
-    left = absent @ covariance @ absent - regression @ covariance @ absent
+    """A missing entry regresses on the observed ones through the noise's correlation."""
+    known, gain, left = missing_given_observed(joint.noise.covariance_matrix, x)
     R, D, J = maps.shape
     fitted = torch.einsum("rdj,nrjk->ndrk", maps, second).flatten(2)
     xz = torch.einsum("nrj,nd->rdj", first, known)
     xz = xz + torch.einsum("nde,nef->df", gain, fitted).reshape(D, R, J).movedim(1, 0)
-    mean = first.flatten(1) @ maps.movedim(1, -1).flatten(0, 1)
+    columns = maps.movedim(1, -1).flatten(0, 1)
+    mean = first.flatten(1) @ columns
     cross = torch.einsum("nd,ne->de", known, (gain @ mean[..., None])[..., 0])
-    outer = gain @ (fitted @ maps.movedim(1, -1).flatten(0, 1)) @ gain.mT
+    outer = gain @ (fitted @ columns) @ gain.mT
     xx = (count[:, None] * known).mT @ known + cross + cross.mT
     return xz, xx + (outer + count[:, None, None] * left).sum(0)

@@ -1,0 +1,165 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""What EM and exact maximum likelihood share: they are SVI objects whose loss is the exact -log p(x)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import SGD
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import InvalidData, UnsupportedModel
+from .autoguide import AutoCPAPosterior
+from .parameters import trainable
+from .structure import ExactProblem
+
+__all__ = ["AbstractExactFit", "StepRecord", "lbfgs_round"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of a fit.
+
+    Attributes:
+        log_evidence: exact log p(X) after the step, summed over the data.
+        objective: the same less the ridge penalty; never falls.
+        gain: by how much the step raised the objective.
+        seconds: wall-clock seconds of the step.
+        accepted: for EM, the fraction of each block's full step that was taken (0: rejected).
+    """
+
+    log_evidence: float
+    objective: float
+    gain: float
+    seconds: float
+    accepted: dict[str, float] = field(default_factory=dict)
+
+
+class AbstractExactFit(SVI):
+    """Base of fits that climb the exact evidence; goes wherever an ``SVI`` object goes.
+
+    Args:
+        model: a Pyro model that :class:`AutoCPAPosterior` accepts.
+        guide: its :class:`AutoCPAPosterior`.
+        ridge: precision of a zero-mean Gaussian prior on the decoder's weights (biases are free).
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: AutoCPAPosterior, *, ridge: float = 0.0) -> None:
+        if not isinstance(guide, AutoCPAPosterior):
+            raise UnsupportedModel(
+                f"the guide is a {type(guide).__name__}: {type(self).__name__} needs the exact posterior, "
+                "AutoCPAPosterior(model, decoder=...)"
+            )
+        if ridge < 0:
+            raise InvalidData(f"ridge is {ridge}: expected a precision >= 0")
+        # SVI insists on an optimiser; exact fits move the parameters themselves.
+        super().__init__(model, guide, SGD({"lr": 0.0}), loss=Trace_ELBO())
+        self.ridge = ridge
+        self.history: list[StepRecord] = []
+        self._rows = 0
+
+    @abstractmethod
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One step; returns the exact -log p(x) before it, summed over the data."""
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Exact -log p(x), summed over the data."""
+        with torch.no_grad():
+            return -self.guide.log_evidence(*args, **kwargs).double().sum().item()
+
+    def run(
+        self,
+        *args: Any,
+        num_steps: int = 100,
+        tol: float = 1e-6,
+        progress: bool = True,
+        callback: Callable[[StepRecord], None] | None = None,
+        **kwargs: Any,
+    ) -> list[StepRecord]:
+        """Step until the objective per datum rises by less than ``tol`` nats, at most ``num_steps`` times.
+
+        Args:
+            args, kwargs: of the model.
+            num_steps: at most so many steps.
+            tol: stopping rule, nats per datum and step.
+            progress: show a progress bar.
+            callback: called with every step's record.
+
+        Returns:
+            ``self.history``, to which this run's steps were appended.
+        """
+        with tqdm(total=num_steps, disable=not progress, desc=type(self).__name__) as bar:
+            for _ in range(num_steps):
+                self.step(*args, **kwargs)
+                record = self.history[-1]
+                rows = max(1, self._rows)
+                bar.update()
+                bar.set_postfix_str(f"log p(x) = {record.log_evidence / rows:.4f} per datum")
+                if callback is not None:
+                    callback(record)
+                if record.gain < tol * rows:
+                    break
+        return self.history
+
+    def _problem(self, *args: Any, **kwargs: Any) -> ExactProblem:
+        problem = self.guide.problem(*args, **kwargs)
+        for name in (problem.latent, problem.observed):
+            for frame in problem.trace.nodes[name]["cond_indep_stack"]:
+                if frame.full_size is not None and frame.full_size != frame.size:
+                    raise UnsupportedModel(
+                        f"plate '{frame.name}' is subsampled: {type(self).__name__} climbs the evidence of all data, of "
+                        "which it needs every row (memory stays bounded: rows are streamed). Drop subsample_size, or "
+                        "use SVI with minibatches"
+                    )
+        self._rows = problem.x.shape[:-1].numel()
+        return problem
+
+    def _penalty(self) -> Tensor:
+        """ridge / 2 times the sum of squared weights of the decoder's linear layers, differentiable."""
+        linears = self.guide.partition().network.linears
+        squares = [layer.weight.double().square().sum() for layer in linears]
+        return 0.5 * self.ridge * torch.stack(squares).sum() if self.ridge else torch.zeros(())
+
+
+def lbfgs_round(
+    fit: AbstractExactFit, optimizer: torch.optim.LBFGS, *args: Any, **kwargs: Any
+) -> tuple[float, float]:
+    """Run one ``optimizer.step`` on the exact evidence per datum; the summed evidence before, and the objective after.
+
+    The parameters of the best evaluation are kept: a line search that ends on a worse point cannot undo progress.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    best: tuple[float, list[Tensor]] = (torch.inf, [])
+    first: list[float] = []
+
+    def closure() -> Tensor:
+        nonlocal best
+        optimizer.zero_grad()
+        log_evidence = fit.guide.log_evidence(*args, **kwargs).double().sum()
+        loss = (fit._penalty() - log_evidence) / max(1, fit._rows)
+        loss.backward()
+        value = loss.item()
+        if not first:
+            first.append(log_evidence.item())
+        if value < best[0]:
+            best = (value, [p.detach().clone() for p in parameters])
+        return loss.detach()
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best[1], strict=True):
+            parameter.copy_(value)
+    optimizer.zero_grad()
+    return first[0], -best[0] * max(1, fit._rows)
+
+
+def leaves(fit: AbstractExactFit, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """The tensors that exact maximum likelihood moves."""
+    return trainable(fit._problem(*args, **kwargs), fit.guide.decoder)
