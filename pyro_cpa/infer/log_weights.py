@@ -23,13 +23,13 @@ class LogWeights:
 
     .. math:: \text{outer} + \sum_n \text{scale}_n \, F(\log w_{1n}, \dots, \log w_{Kn}).
 
-    Sequential plates come first, as one axis; the vectorised ones follow in the order of their dims. Where the
-    elements of a sequential plate differ in shape, all are flattened into that one axis.
+    Sequential plates come first, as one axis; the vectorised ones follow in the order of their dims. Where
+    the elements of a sequential plate differ in shape, all are flattened into that one axis.
 
     Args:
         log_p: (K, \*plates) log joint density of the model.
         log_q: (K, \*plates) log density of the guide.
-        scale: (\*plates) factor outside the logarithm: subsampling, and a ``poutine.scale`` common to all sites.
+        scale: (\*plates) factor outside the logarithm: subsampling and a ``poutine.scale`` common to all.
         outer: () log p - log q of the sites outside the named plates, drawn once for all particles.
         plates: names of the weight plates.
         score: (K, \*plates) log density of the guide sites that cannot be reparameterised, unscaled and
@@ -37,8 +37,9 @@ class LogWeights:
         score_sites: names of the sites in ``score``.
         outer_score: () the same for the outer sites (all of them where the draws were detached), or None.
         path: (K, \*plates) log w, differentiable through the draws alone; None unless replayed on leaves.
-        direct: (K, \*plates) log p less the transforms of the guide, differentiable through all but the draws:
-            the model's parameters, the guide's point estimates and transforms, outer latents; None like ``path``.
+        direct: (K, \*plates) log p less the transforms of the guide, differentiable through all but the
+            draws: parameters of the model, point estimates and transforms of the guide, outer latents; None
+            like ``path``.
     """
 
     log_p: Tensor
@@ -78,9 +79,10 @@ class LogWeights:
             if run.plates != first.plates or run.log_p.shape[1:] != first.log_p.shape[1:]:
                 raise UnsupportedModel(
                     f"the structure differs between particles: plates {first.plates} of shape "
-                    f"{tuple(first.log_p.shape[1:])} in one, {run.plates} of shape {tuple(run.log_p.shape[1:])} "
-                    "in another. Log-weights need the same elements in every particle: name the plates that all "
-                    "sites of all particles share with plates=(...), or plates=() for one weight in all"
+                    f"{tuple(first.log_p.shape[1:])} in one, {run.plates} of shape "
+                    f"{tuple(run.log_p.shape[1:])} in another. Log-weights need the same elements in every "
+                    "particle: name the plates that all sites of all particles share with plates=(...), or "
+                    "give plates=() for one weight in all"
                 )
             if not torch.allclose(run.outer.detach(), first.outer.detach(), equal_nan=True):
                 raise UnsupportedModel(

@@ -26,7 +26,7 @@ __all__ = ["AbstractMultiSampleELBO"]
 class AbstractMultiSampleELBO(ELBO):
     r"""Base of objectives that are a function F of the log-weights of K particles.
 
-    .. math:: \text{loss} = -\Big(\text{outer} + \sum_n \text{scale}_n\, F(\log w_{1n}, \dots, \log w_{Kn})\Big)
+    .. math:: \text{loss} = -\text{outer} - \sum_n \text{scale}_n\, F(\log w_{1n}, \dots, \log w_{Kn})
 
     with one set of weights per element n of the plates shared by all sites (see
     :class:`~pyro_cpa.infer.log_weights.LogWeights`). A subclass implements :meth:`objective`, and chooses in
@@ -36,9 +36,9 @@ class AbstractMultiSampleELBO(ELBO):
         num_particles: K.
         plates: names of the plates with one weight per element; None takes those shared by all sites. Latents
             outside named plates are drawn once and shared by all particles.
-        chunk_size: particles whose graph is held in memory at a time; None for all. Each chunk is run once more,
-            with the same random numbers, when its derivative is taken; what the model computes must not depend on
-            handlers that are active around the loss only during the first run.
+        chunk_size: particles whose graph is held in memory at a time; None for all. Each chunk is run once
+            more, with the same random numbers, when its derivative is taken, so ``backward`` must be called
+            under the same handlers as the loss (wrap the model rather than the call).
         max_plate_nesting: plate dims of model and guide; found by one more run if infinite and needed.
         vectorize_particles: draw the particles in a plate, which is faster; model and guide must broadcast.
         strict_enumeration_warning: accepted for compatibility; enumerated sites are always refused.
@@ -47,8 +47,8 @@ class AbstractMultiSampleELBO(ELBO):
         retain_graph: passed to ``backward``.
 
     Note:
-        A plate asserts independence: if the guide couples the elements of a plate (batch normalisation, attention
-        over the minibatch), weights per element are not those of the joint guide.
+        A plate asserts independence: if the guide couples the elements of a plate (batch normalisation,
+        attention over the minibatch), weights per element are not those of the joint guide.
     """
 
     draws: Draws = Draws.ATTACHED
@@ -78,7 +78,8 @@ class AbstractMultiSampleELBO(ELBO):
         )
         if num_particles < self.min_particles:
             raise InvalidData(
-                f"{type(self).__name__} got num_particles={num_particles}: it needs at least {self.min_particles}"
+                f"{type(self).__name__} got num_particles={num_particles}: it needs at least "
+                f"{self.min_particles}"
             )
         if chunk_size is not None and chunk_size < 1:
             raise InvalidData(
@@ -190,7 +191,7 @@ class AbstractMultiSampleELBO(ELBO):
             return self._given_nesting
         pair = poutine.unwrap(model), poutine.unwrap(guide)
         if self._found_nesting is None or self._found_nesting[0] != pair:
-            # Also lets a lazy guide draw its initial parameters before chunks must repeat their random numbers.
+            # Also lets a lazy guide draw its initial parameters before chunks must repeat their numbers.
             self._found_nesting = pair, plate_nesting(model, guide, args, kwargs)
         return self._found_nesting[1] if self._given_nesting == math.inf else self._given_nesting
 
@@ -199,6 +200,4 @@ class AbstractMultiSampleELBO(ELBO):
 
     @staticmethod
     def _checked(loss: Tensor) -> float:
-        value = loss.item()
-        warn_if_nan(value, "loss")
-        return value
+        return warn_if_nan(loss.detach(), "loss").item()

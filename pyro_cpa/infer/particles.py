@@ -117,8 +117,8 @@ class _Pair:
             drawn, leaves = messenger.trace, None
             if self.draws is Draws.LEAVES:
                 raise UnsupportedModel(
-                    f"{type(messenger).__name__} runs model and guide in one, so the guide cannot be replayed on "
-                    "copies of its draws: use an estimator without replay, such as 'reparam' or 'vimco'"
+                    f"{type(messenger).__name__} runs model and guide in one, so the guide cannot be run "
+                    "again on copies of its draws: use an estimator without replay, such as 'reparam'"
                 )
         else:
             drawn = guide_trace = self._trace(self.guide, size, shared)
@@ -174,8 +174,8 @@ class _Pair:
                 if self.draws is Draws.AUTO:
                     return None
                 raise UnsupportedModel(
-                    f"guide site '{name}' ({type(site['fn']).__name__}) is not reparameterised, so no derivative "
-                    "passes through its draws: use estimator='vimco' or 'score'"
+                    f"guide site '{name}' ({type(site['fn']).__name__}) is not reparameterised, so no "
+                    "derivative passes through its draws: use estimator='vimco' or 'score'"
                 )
         return {
             name: site["value"].detach().requires_grad_()
@@ -227,9 +227,8 @@ def plate_nesting(
             trace.compute_log_prob()
         for site in sites:
             check_site_shape(site, max_plate_nesting=math.inf)  # type: ignore[arg-type]
-    return max(
-        (-frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized), default=0
-    )
+    dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.dim is not None]
+    return -min(dims, default=0)
 
 
 def _random_state() -> tuple[Any, Any]:

@@ -42,7 +42,7 @@ def is_density(site: Site) -> bool:
 
 
 def has_no_own_density(site: Site) -> bool:
-    """True for a guide site that transforms earlier draws or holds a point: Delta, Jacobian ``pyro.factor``."""
+    """True for a guide site that transforms earlier draws or holds a point: Delta or ``pyro.factor``."""
     return isinstance(unwrapped(site["fn"]), dist.Delta | dist.Unit)
 
 
@@ -76,9 +76,9 @@ def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
             )
         if not site["infer"].get("is_auxiliary") and name not in model_trace.nodes:
             raise UnsupportedModel(
-                f"guide site '{name}' does not exist in the model, so its density has nothing to be weighed against: "
-                "add it to the model, or, if it feeds other guide sites whose densities make up for it, mark it "
-                'infer={"is_auxiliary": True}'
+                f"guide site '{name}' does not exist in the model, so its density has nothing to be weighed "
+                "against: add it to the model, or, if it feeds other guide sites whose densities make up for "
+                'it, mark it infer={"is_auxiliary": True}'
             )
     for name, site in sample_sites(model_trace):
         if not site["is_observed"] and name not in guide_sites:
@@ -89,6 +89,6 @@ def check_pair(model_trace: Trace, guide_trace: Trace) -> None:
             )
             raise UnsupportedModel(
                 f"model latent '{name}' is missing from the guide, which samples "
-                f"{sorted(guide_sites) or 'nothing'}: add pyro.sample('{name}', ...) to the guide or observe it "
-                f"in the model{hint}"
+                f"{sorted(guide_sites) or 'nothing'}: add pyro.sample('{name}', ...) to the guide or observe "
+                f"it in the model{hint}"
             )

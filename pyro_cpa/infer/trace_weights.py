@@ -37,8 +37,8 @@ def trace_log_weights(
     r"""Log-weights of one run of a guide and of the model replayed against it.
 
     The weight plates W are those named by ``plates``, or else those shared by all sites. The log density of
-    every site inside all of W is masked (m), multiplied by a scale r that is not common to the sites, and summed
-    over the axes outside W; a common scale and the subsampling of W stay outside the logarithm:
+    every site inside all of W is masked (m), multiplied by a scale r that is not common to the sites, and
+    summed over the axes outside W; a common scale and the subsampling of W stay outside the logarithm:
 
     .. math:: \log w_{kn} = \sum_{\text{sites}} r \, m \, (\log p - \log q), \qquad
               \text{scale}_n = r_{\text{common}, n} \prod_{W} N / B.
@@ -132,8 +132,8 @@ def _score(name: str, site: Site, detached: bool) -> Tensor | None:
     if not is_identically_zero(entropy):
         raise UnsupportedModel(
             f"guide site '{name}' is sampled by rejection ({type(site['fn']).__name__}), which is "
-            "reparameterised only in part; multi-sample objectives have no estimator for it: use a distribution "
-            "that is reparameterised, or one that is not at all"
+            "reparameterised only in part; multi-sample objectives have no estimator for it: use a "
+            "distribution that is reparameterised, or one that is not at all"
         )
     return score
 
@@ -143,8 +143,8 @@ def _shared_log_ratio(term: _Term, plates: WeightPlates, particle_dim: int | Non
     log_prob = term.site["log_prob"]
     if particle_dim is not None and log_prob.dim() >= -particle_dim and log_prob.shape[particle_dim] > 1:
         raise UnsupportedModel(
-            f"site '{term.name}' lies outside plates={plates.names} but depends on latents inside them, so it "
-            "cannot be shared by the particles: leave those plates out of plates=(...)"
+            f"site '{term.name}' lies outside plates={plates.names} but depends on latents inside them, so "
+            "it cannot be shared by the particles: leave those plates out of plates=(...)"
         )
     return -log_prob.sum() if term.in_guide else log_prob.sum()
 
@@ -189,5 +189,5 @@ def _join(sums: Sequence[_Sums], num_particles: int, loops: bool) -> _Sums:
             return torch.cat([t.reshape(*t.shape[:leading], -1) for t in tensors], dim=leading)
         return torch.stack(list(tensors), dim=leading)
 
-    *per_particle, scales = zip(*sums, strict=True)
-    return _Sums(*(join(tensors, 1) for tensors in per_particle), join(scales, 0))
+    log_p, log_q, score, transforms, scale = zip(*sums, strict=True)
+    return _Sums(join(log_p, 1), join(log_q, 1), join(score, 1), join(transforms, 1), join(scale, 0))

@@ -54,15 +54,15 @@ class WeightPlates:
         named = set(known).intersection(*stacks) if plates is None else set(plates)
         if not named <= known.keys():
             raise UnsupportedModel(
-                f"plates={tuple(sorted(named))}: there is no plate {sorted(named - known.keys())} around any site "
-                f"of the model or guide; name some of {sorted(known)}"
+                f"plates={tuple(sorted(named))}: there is no plate {sorted(named - known.keys())} around any "
+                f"site of the model or guide; name some of {sorted(known)}"
             )
         for stack in stacks:
             for name in named & stack.keys():
                 if stack[name].vectorized != known[name].vectorized:
                     raise UnsupportedModel(
-                        f"plate '{name}' is a loop at one site and vectorised at another, so its elements cannot "
-                        "be matched: use one form in the model and the guide"
+                        f"plate '{name}' is a loop at one site and vectorised at another, so its elements "
+                        "cannot be matched: use one form in the model and the guide"
                     )
         return cls(
             loops=tuple(sorted(name for name in named if not known[name].vectorized)),
@@ -111,9 +111,9 @@ class WeightPlates:
             if plate not in self.names and frame.full_size not in (None, frame.size):
                 raise UnsupportedModel(
                     f"plate '{plate}' is subsampled ({frame.size} of {frame.full_size}) but lies inside the "
-                    f"importance weight at site '{name}': the weight would be biased. Subsample only plates shared "
-                    f"by all sites, or name it, plates=('{plate}',), to draw the latents outside it once for all "
-                    "particles"
+                    f"importance weight at site '{name}': the weight would be biased. Subsample only plates "
+                    f"shared by all sites, or name it, plates=('{plate}',), which draws the latents outside "
+                    "it once for all particles"
                 )
 
     def reduce(self, x: Tensor, name: str, site: Site, particle_dim: int | None) -> Tensor:
