@@ -15,7 +15,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_cpa.errors import InvalidData, UnsupportedModel
+from ..errors import InvalidData, UnsupportedModel
 
 if TYPE_CHECKING:
     import xarray

@@ -16,9 +16,9 @@ from pyro.infer import MCMC
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_cpa.criticism._arviz_versions import assemble
-from pyro_cpa.criticism._sites import Layout, Site, read_layout
-from pyro_cpa.errors import InvalidData, UnsupportedModel
+from ..errors import InvalidData, UnsupportedModel
+from ._arviz_versions import assemble
+from ._sites import Layout, Site, read_layout
 
 __all__ = ["to_arviz"]
 
