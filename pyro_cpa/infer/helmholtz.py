@@ -167,9 +167,9 @@ class BiHelmholtzELBO(AbstractMultiSampleELBO):
             simulated = dream(model, guide, args, kwargs)
             inner = sample_log_weights(
                 simulated.model,
-                guide,
-                simulated.args,
-                simulated.kwargs,
+                simulated.guide,
+                args,
+                kwargs,
                 num_particles=num_inner,
                 vectorize=self.vectorize_particles,
                 max_plate_nesting=self.max_plate_nesting,

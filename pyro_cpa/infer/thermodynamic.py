@@ -231,7 +231,7 @@ class TVO(AbstractMultiSampleELBO):
                 "share latents: use an objective without plates=."
             )
         simulated = dream(model, guide, args, kwargs)
-        weights = self._draw(num_particles, simulated.model, guide, simulated.args, simulated.kwargs)
+        weights = self._draw(num_particles, simulated.model, simulated.guide, args, kwargs)
         return SimulatedSandwich.of(weights, simulated.log_weights, self.schedule.betas)
 
     @torch.no_grad()
