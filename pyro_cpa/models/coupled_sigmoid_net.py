@@ -47,6 +47,18 @@ class TransposedLinear(nn.Module):
         return F.linear(z, self.weight.t(), self.bias)
 
 
+class TransposedClasses(TransposedLinear):
+    """The reverse of the layer onto the classes, with that layer's bias, which sets the class prior."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.class_bias = linear.bias
+
+    def prior_logits(self) -> Tensor:
+        """(C,) logits of the prior under which the forward layer's softmax is the exact posterior."""
+        return self.class_bias + F.softplus(self.weight + self.bias).sum(-1)
+
+
 class CoupledSigmoidNet(AbstractBernoulliStack):
     r"""Recognition and generation by one set of weights, each used in both directions.
 
@@ -107,6 +119,8 @@ class CoupledSigmoidNet(AbstractBernoulliStack):
             )
         recognition = [nn.Linear(below, above) for below, above in zip(sizes[:-1], sizes[1:], strict=True)]
         generation = [TransposedLinear(linear) for linear in recognition]
+        if top:
+            generation[-1] = TransposedClasses(recognition[-1])
         super().__init__(sizes, generation, recognition, None if top else torch.zeros(sizes[-1]))
         self.num_classes = num_classes
         if num_classes is not None:
@@ -130,9 +144,8 @@ class CoupledSigmoidNet(AbstractBernoulliStack):
         """(C,) logits of the class prior, determined by the other parameters; (H_L,) learned ones without."""
         if self.num_classes is None:
             return super().top_logits()
-        forward: Any = self.recognition[-1]
-        reverse: Any = self.generation[-1]
-        return forward.bias + F.softplus(reverse.weight + reverse.bias).sum(-1)
+        top: Any = self.generation[-1]
+        return top.prior_logits()
 
     @pyro_method
     def model(  # type: ignore[override]  # labels come second
