@@ -1,0 +1,87 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""Cells that are cut by walls, and remember how to find the cell of a point.
+
+One class for each latent dimension that has exact cells; the enumeration knows only their common interface.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModule
+from .cells import Cells, Intervals, WholeSpace
+from .walls import Walls
+
+__all__ = ["Arrangement", "Line", "Space"]
+
+
+class Arrangement(ABC):
+    """A partition of R^L into convex cells, which starts as one cell and is refined by cutting."""
+
+    cells: Cells
+
+    @abstractmethod
+    def cut(self, walls: Walls, check: Callable[[int], None]) -> Tensor:
+        """Cut every cell by its walls.
+
+        Args:
+            walls: walls that cross their cells.
+            check: called with each new number of cells before they are made; raises if they are too many.
+
+        Returns:
+            (R,) for each new cell the index of the old one that it is part of.
+        """
+
+    @abstractmethod
+    def locate(self, z: Tensor) -> Tensor:
+        """Index (N,) of the one cell in which each point (N, L) lies."""
+
+
+class Space(Arrangement):
+    """R^L in one piece, for dimensions whose cells cannot be cut."""
+
+    def __init__(self, dim: int) -> None:
+        self.cells = WholeSpace(dim)
+
+    def cut(self, walls: Walls, check: Callable[[int], None]) -> Tensor:
+        if len(walls):
+            raise UnsupportedModule(
+                f"the decoder has several regions in a latent space of dimension {self.cells.dim}: exact cells "
+                "exist for L = 1 and L = 2. Use a smaller latent space, or a decoder that is affine."
+            )
+        return torch.zeros(1, dtype=torch.long, device=walls.cell.device)
+
+    def locate(self, z: Tensor) -> Tensor:
+        return torch.zeros(len(z), dtype=torch.long, device=z.device)
+
+
+class Line(Arrangement):
+    """The line, cut at points; cells are in ascending order and hold their upper ends."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._breaks = like.new_zeros(0)
+
+    @property
+    def cells(self) -> Intervals:  # type: ignore[override]
+        infinity = self._breaks.new_full((1,), torch.inf)
+        return Intervals(torch.cat([-infinity, self._breaks]), torch.cat([self._breaks, infinity]))
+
+    def cut(self, walls: Walls, check: Callable[[int], None]) -> Tensor:
+        # Walls that cross a cell lie inside it, so that sorting all of them sorts them within the cells.
+        points, order = (walls.offset * walls.normal[:, 0]).sort()
+        noise = (walls.tilt * walls.offset.abs() + walls.shift)[order]
+        apart = torch.ones_like(order, dtype=torch.bool)
+        apart[1:] = points.diff() > noise[1:] + noise[:-1]
+        points = points[apart]
+        check(len(self._breaks) + len(points) + 1)
+        old = self._breaks
+        self._breaks = torch.cat([old, points]).sort().values
+        return torch.searchsorted(old, self.cells.upper)
+
+    def locate(self, z: Tensor) -> Tensor:
+        return torch.searchsorted(self._breaks, z[:, 0].contiguous())

@@ -1,0 +1,264 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""The regions of a piecewise-affine decoder: their cells, and the affine map on each of them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidData, RegionBudgetExceeded
+from .arrangement import Arrangement, Line, Space
+from .cells import Cells, WholeSpace
+from .layers import Dense, Elementwise, Layer, homogeneous_basis, pull, push, push_magnitude
+from .network import Network
+from .plane import Plane
+from .walls import Walls, crossing_walls
+
+__all__ = ["Partition", "enumerate_regions"]
+
+_CHUNK_BYTES = 2**26
+"""Temporaries of one step over cells; larger ones fall out of the cache, smaller ones pay for more calls."""
+
+
+class Partition:
+    r"""The regions of a continuous piecewise-affine decoder, made by :func:`enumerate_regions`.
+
+    .. math::
+
+        g(z) = A_r z + b_r \quad \text{for } z \text{ in cell } r, \qquad A_r = W H_r, \; b_r = W h_r + v.
+
+    Attributes:
+        network: the decoder as a chain of layers, bound to its live parameters.
+        cells: the R cells: :class:`WholeSpace` (R = 1), :class:`Intervals` (L = 1) or :class:`Polygons` (L
+            = 2).
+        patterns: for every activation layer the segment (R, H) int8 on which each unit is.
+        output_weight: (D, H) W, the last ``nn.Linear``; the identity if the decoder ends in another module.
+        output_bias: (D,) v.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        layers: tuple[Layer, ...],
+        arrangement: Arrangement,
+        patterns: tuple[Tensor, ...],
+    ) -> None:
+        self.network = network
+        self.patterns = patterns
+        self._layers = layers
+        self._arrangement = arrangement
+        cells = arrangement.cells
+        self.cells: Cells = cells if len(cells) > 1 else WholeSpace(network.latent_dim)
+        last = layers[-1] if layers else None
+        eye = torch.eye(network.data_dim, dtype=torch.float64, device=network.device)
+        self.output_weight = last.weight if isinstance(last, Dense) else eye
+        self.output_bias = last.bias if isinstance(last, Dense) else eye.new_zeros(len(eye))
+
+    @property
+    def num_regions(self) -> int:
+        """R."""
+        return len(self.cells)
+
+    @property
+    def latent_dim(self) -> int:
+        """L."""
+        return self.network.latent_dim
+
+    @property
+    def data_dim(self) -> int:
+        """D."""
+        return self.network.data_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The decoder's own dtype; everything here is in float64."""
+        return self.network.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The decoder's device, on which everything here is."""
+        return self.network.device
+
+    def __repr__(self) -> str:
+        return f"Partition(R^{self.latent_dim} -> R^{self.data_dim}, {self.num_regions} regions)"
+
+    @cached_property
+    def feature_slopes(self) -> Tensor:
+        """(R, H, L) H_r: slopes of the input of the last linear layer."""
+        return self._features[0]
+
+    @cached_property
+    def feature_offsets(self) -> Tensor:
+        """(R, H) h_r: offsets of the input of the last linear layer."""
+        return self._features[1]
+
+    @cached_property
+    def slopes(self) -> Tensor:
+        """(R, D, L) A_r, detached, as the parameters were at enumeration."""
+        return self.output_weight @ self.feature_slopes
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(R, D) b_r, detached, as the parameters were at enumeration."""
+        return self.feature_offsets @ self.output_weight.mT + self.output_bias
+
+    @cached_property
+    def _features(self) -> tuple[Tensor, Tensor]:
+        layers = self._layers
+        return self._maps(layers[:-1] if layers and isinstance(layers[-1], Dense) else layers)
+
+    def locate(self, z: Tensor) -> Tensor:
+        """Region of every point.
+
+        Args:
+            z: (..., L) points.
+
+        Returns:
+            (...,) indices: every point lies in exactly one cell, those on a wall too.
+
+        Raises:
+            InvalidData: the last dimension of z is not L.
+        """
+        if z.dim() == 0 or z.shape[-1] != self.latent_dim:
+            raise InvalidData(f"z must have shape (..., {self.latent_dim}), but has {tuple(z.shape)}.")
+        flat = z.detach().reshape(-1, self.latent_dim).double()
+        return self._arrangement.locate(flat).reshape(z.shape[:-1])
+
+    def affine_maps(self) -> tuple[Tensor, Tensor]:
+        """Slopes (R, D, L) and offsets (R, D) as differentiable functions of the decoder's live parameters.
+
+        Each region keeps its activation pattern. Values equal ``slopes`` and ``offsets`` while the
+        parameters are as they were at enumeration.
+        """
+        return self._maps(self.network.layers())
+
+    def linear_inputs(self, index: int) -> tuple[Tensor, Tensor]:
+        """Slopes (R, H_in, L) and offsets (R, H_in) of the input of ``network.linears[index]``, at present
+        values."""
+        with torch.no_grad():
+            return self._maps(self.network.layers()[: self._position(index)])
+
+    def downstream(self, index: int) -> Tensor:
+        """Derivative (R, D, H_out) of the output in the output of ``network.linears[index]``, at present
+        values."""
+        position = self._position(index) + 1
+        with torch.no_grad():
+            layers = self.network.layers()
+            eye = torch.eye(self.data_dim, dtype=torch.float64, device=self.device)[None]
+            done = sum(layer.switches for layer in layers[:position])
+            return pull(layers[position:], self.patterns[done:], eye).expand(self.num_regions, -1, -1)
+
+    def _position(self, index: int) -> int:
+        """Place in the chain of the linear layer ``index``."""
+        return [i for i, layer in enumerate(self._layers) if isinstance(layer, Dense)][index]
+
+    def _maps(self, layers: tuple[Layer, ...]) -> tuple[Tensor, Tensor]:
+        basis = torch.empty(0, dtype=torch.float64, device=self.device)
+        maps = push(layers, self.patterns, *homogeneous_basis(self.latent_dim, basis))
+        maps = maps.expand(self.num_regions, -1, -1)
+        return maps[:, :-1].mT, maps[:, -1]
+
+
+def enumerate_regions(
+    decoder: nn.Module | Network, max_regions: int = 200_000, latent_dim: int | None = None
+) -> Partition:
+    r"""All regions of a continuous piecewise-affine decoder, and its affine map on each.
+
+    .. math::
+
+        g(z) = A_r z + b_r, \qquad z \in \text{cell } r, \qquad r = 1, \ldots, R.
+
+    Cells are cut layer by layer: on a cell of the layers before, the input of every unit is affine, and
+    the cell is cut where a unit changes its slope. Unbounded cells are exact: there is no bounding box.
+
+    Args:
+        decoder: module R^L -> R^D; see :class:`Network` for what it may hold. A ``Network`` saves reading
+            it again.
+        max_regions: more regions than this raise.
+        latent_dim: L, where no layer of the decoder tells it.
+
+    Returns:
+        The :class:`Partition`, in float64 on the decoder's device, detached from its parameters.
+
+    Raises:
+        UnsupportedModule: the decoder is not piecewise affine, or L > 2 and it has more than one region.
+        RegionBudgetExceeded: there are more than ``max_regions`` regions.
+        InvalidData: a parameter is NaN or infinite.
+
+    Note:
+        Exact up to rounding: walls that reach less deep into a cell than float64 can tell (see
+        ``walls.NOISE``) are left out. Cost grows as the number of (cell, unit) pairs tested, R times the
+        width of the layers, times the corners of a cell.
+
+    References:
+        R. Balestriero, S. Paris, R. Baraniuk (2020), "Analytical Probability Distributions and Exact
+        Expectation-Maximization for Deep Generative Networks".
+
+    Example:
+        >>> decoder = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1, bias=False))
+        >>> with torch.no_grad():
+        ...     _ = decoder[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        ...     _ = decoder[0].bias.copy_(torch.tensor([0.0, 1.0]))
+        >>> part = enumerate_regions(decoder)
+        >>> part.num_regions
+        3
+        >>> part.cells.upper
+        tensor([0., 1., inf], dtype=torch.float64)
+        >>> part.locate(torch.tensor([[-5.0], [0.5], [9.0]]))
+        tensor([0, 1, 2])
+    """
+    network = decoder if isinstance(decoder, Network) else Network(decoder, latent_dim)
+    with torch.no_grad():
+        layers = network.snapshot()
+        arrangement, patterns = _cut_layer_by_layer(network, layers, max_regions)
+    return Partition(network, layers, arrangement, patterns)
+
+
+def _cut_layer_by_layer(
+    network: Network, layers: tuple[Layer, ...], max_regions: int
+) -> tuple[Arrangement, tuple[Tensor, ...]]:
+    L = network.latent_dim
+    like = torch.empty(0, dtype=torch.float64, device=network.device)
+    arrangement: Arrangement = Line(like) if L == 1 else Plane(like) if L == 2 else Space(L)
+    basis = homogeneous_basis(L, like)
+    patterns: list[Tensor] = []
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, Elementwise) or not layer.switches:
+            continue
+
+        def check(count: int, place: str = network.places[index]) -> None:
+            if count > max_regions:
+                raise RegionBudgetExceeded(
+                    f"the decoder has more than max_regions={max_regions} regions: {count} reached at {place}. "
+                    "Raise max_regions, or use fewer units or layers."
+                )
+
+        before, walls = layers[:index], []
+        generators = arrangement.cells.generators().to(like.device)
+        for rows in _chunks(len(generators), generators.shape[1], before):
+            maps, magnitude = push_magnitude(before, [p[rows] for p in patterns], *basis)
+            if not bool(torch.isfinite(maps).all()):
+                raise InvalidData(f"the input of {network.places[index]} overflows: scale the weights down.")
+            found = crossing_walls(generators[rows], maps, magnitude, layer)
+            walls.append(found.of(found.cell + rows.start))
+        parents = arrangement.cut(Walls.cat(walls), check)
+        patterns = [p[parents] for p in patterns]
+        points = arrangement.cells.interior_points().to(like.device)[:, None]
+        segments = []
+        for rows in _chunks(len(points), 1, before):
+            values = push(
+                before, [p[rows] for p in patterns], points[rows], torch.ones_like(like.new_empty(1))
+            )
+            segments.append(layer.segments(values[:, 0]))
+        patterns.append(torch.cat(segments))
+    return arrangement, tuple(patterns)
+
+
+def _chunks(count: int, rows: int, layers: tuple[Layer, ...]) -> list[slice]:
+    """Slices of cells whose temporaries, ``rows`` numbers for every unit of a layer, stay small."""
+    width = max((layer.weight.shape[0] for layer in layers if isinstance(layer, Dense)), default=1)
+    size = max(1, _CHUNK_BYTES // (8 * width * (rows + 8)))
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -1,0 +1,104 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""Walls: the hyperplanes on which a unit changes its slope, and which cells they cross."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layers import Elementwise
+
+__all__ = ["NOISE", "Walls", "crossing_walls"]
+
+NOISE = 16 * torch.finfo(torch.float64).eps
+"""Rounding error granted to a computed wall, per unit of what was added up to compute it.
+
+A wall that reaches no deeper than this into a cell cannot be told from one that touches it: walls of
+duplicated neurons, walls through a common corner and units whose slopes cancel would otherwise leave
+regions of width 1e-16. Sums of a few hundred terms err by one or two eps of their absolute sum, corners by
+as much again; 16 covers both. What is
+lost by leaving such a wall out is of the size of the rounding error of the network itself."""
+
+
+@dataclass(frozen=True)
+class Walls:
+    """P hyperplanes ``normal . z = offset``, each with a cell that it may cut.
+
+    Args:
+        cell: (P,) index of the cell.
+        normal: (P, L) unit normals.
+        offset: (P,) signed distances from the origin.
+        tilt: (P,) uncertainty of the direction: the wall's position errs by ``tilt |z| + shift`` near z.
+        shift: (P,) uncertainty of the offset.
+    """
+
+    cell: Tensor
+    normal: Tensor
+    offset: Tensor
+    tilt: Tensor
+    shift: Tensor
+
+    def __len__(self) -> int:
+        return self.cell.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Walls:
+        return Walls(*(field[index] for field in self._fields()))
+
+    def _fields(self) -> tuple[Tensor, ...]:
+        return self.cell, self.normal, self.offset, self.tilt, self.shift
+
+    def of(self, cell: Tensor) -> Walls:
+        """The same hyperplanes for other cells."""
+        return Walls(cell, *self._fields()[1:])
+
+    @staticmethod
+    def cat(parts: Sequence[Walls]) -> Walls:
+        return Walls(*(torch.cat(fields) for fields in zip(*(part._fields() for part in parts), strict=True)))
+
+    def cross(self, generators: Tensor) -> Tensor:
+        """(P,) whether wall p has points of its cell, deeper than rounding, on both sides.
+
+        Args:
+            generators: (P, G, L + 1) of the cell of each wall.
+        """
+        plane = torch.cat([self.normal, -self.offset[:, None]], dim=1)
+        depth = (generators @ plane[..., None])[..., 0]
+        reach = torch.linalg.vector_norm(generators[..., :-1], dim=-1)
+        noise = self.tilt[:, None] * reach + self.shift[:, None] * generators[..., -1]
+        return (depth > noise).any(1) & (depth < -noise).any(1)
+
+
+def crossing_walls(generators: Tensor, maps: Tensor, magnitude: Tensor, layer: Elementwise) -> Walls:
+    """The walls of one layer that cross cells.
+
+    Args:
+        generators: (R, G, L + 1) of the cells.
+        maps: (R, L + 1, H) affine map of each cell to the units' inputs.
+        magnitude: (R, 2, H) what was added up to compute them.
+        layer: the units.
+    """
+    values = generators @ maps
+    found = []
+    for knot, bends in zip(layer.knots, layer.bends, strict=True):
+        # knot is (H,) or (1,): where a unit changes its slope.
+        level = generators[..., -1:] * knot
+        mixed = ((values > level).any(1) & (values < level).any(1) & bends).nonzero()
+        cell, unit = mixed[:, 0], mixed[:, 1]
+        plane = maps[cell, :, unit]
+        at = knot.expand(maps.shape[-1])[unit]
+        size = torch.linalg.vector_norm(plane[:, :-1], dim=1)
+        tilt, shift = NOISE * magnitude[cell, :, unit].mT / size
+        walls = Walls(
+            cell=cell,
+            normal=plane[:, :-1] / size[:, None],
+            offset=(at - plane[:, -1]) / size,
+            tilt=tilt,
+            shift=shift + NOISE * at.abs() / size,
+        )
+        # A wall whose offset overflows lies outside every number that a float can hold.
+        found.append(walls[torch.isfinite(walls.offset) & walls.cross(generators[cell])])
+    return Walls.cat(found)
