@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_cpa.errors import InvalidData
 from pyro_cpa.models.likelihoods import AbstractLikelihood
 
-__all__ = ["AbstractLatentModel", "check_count", "check_labels"]
+__all__ = ["AbstractLatentModel", "check_count", "check_labels", "one_hot_labels"]
 
 
 class AbstractLatentModel(PyroModule):
@@ -118,35 +118,37 @@ def check_count(**counts: int) -> None:
             raise InvalidData(f"{name} is {value!r}; expected a positive integer.")
 
 
-def check_labels(
-    y: Any, rows: int, num_classes: int, device: torch.device, missing: int | None = None
-) -> Tensor:
+def check_labels(y: Any, rows: int, num_classes: int, *, missing: int | None = None) -> Tensor:
     """(rows,) int64 labels; one number stands for all rows.
 
     Args:
         y: (rows,) integers, or one.
         rows: N.
         num_classes: C.
-        device: Where to put them.
         missing: A further value allowed, for rows without a label.
 
     Raises:
         InvalidData: For another shape, values that are no integers, or labels outside 0, ..., C-1.
     """
-    labels = torch.as_tensor(y, device=device)
-    good = (labels == labels.long()) & (labels >= 0) & (labels < num_classes)
-    if missing is not None:
-        good = good | (labels == missing)
-    extra = "" if missing is None else f", or {missing} where there is none"
-    if not bool(good.all()):
-        worst = labels[~good].flatten()[0].item()
-        raise InvalidData(
-            f"a label is {worst:.6g}; expected integers from 0 to {num_classes - 1}{extra}. "
-            "Recode the labels or change num_classes."
-        )
+    labels = torch.as_tensor(y)
     if labels.dim() > 1 or (labels.dim() == 1 and len(labels) != rows):
         raise InvalidData(
             f"the labels have shape {tuple(labels.shape)}; expected ({rows},), one integer for each row "
             "of x. Give indices, not one-hot vectors."
         )
+    good = (labels == labels.long()) & (labels >= 0) & (labels < num_classes)
+    if missing is not None:
+        good = good | (labels == missing)
+    if not bool(good.all()):
+        extra = "" if missing is None else f", or {missing} where there is none"
+        raise InvalidData(
+            f"a label is {labels[~good].flatten()[0].item():.6g}; expected integers from 0 to "
+            f"{num_classes - 1}{extra}. Recode the labels or change num_classes."
+        )
     return labels.long().expand(rows)
+
+
+def one_hot_labels(y: Any, rows: int, num_classes: int, like: Tensor) -> Tensor:
+    """(rows, num_classes) indicators of checked labels, in dtype and on the device of ``like``."""
+    labels = check_labels(y, rows, num_classes).to(like.device)
+    return torch.nn.functional.one_hot(labels, num_classes).to(like)

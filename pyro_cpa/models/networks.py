@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -13,9 +14,18 @@ from torch import Tensor, nn
 
 from pyro_cpa.errors import InvalidData
 
-__all__ = ["Activation", "GaussianNetwork", "concatenate", "mlp", "xavier_start"]
+__all__ = [
+    "Activation",
+    "GaussianNetwork",
+    "LabelPlacement",
+    "LabelledNetworks",
+    "concatenate",
+    "mlp",
+    "xavier_start",
+]
 
 Activation = Callable[[], nn.Module]
+LabelPlacement = Literal["prior", "decoder", "both"]
 
 
 def concatenate(*inputs: Tensor) -> Tensor:
@@ -99,6 +109,58 @@ class GaussianNetwork(nn.Module):
         # softplus underflows to 0 (below -104 in float32), which no Gaussian accepts. The least number whose
         # square, as densities and divergences need it, is above 0 alters no scale that matters.
         return dist.Normal(self.loc(hidden), scale + torch.finfo(scale.dtype).tiny ** 0.5).to_event(1)
+
+
+class LabelledNetworks(nn.Module):
+    r"""The three networks of a latent-variable model that knows a label y, given one-hot.
+
+    .. math:: p(z \mid y), \qquad g(y, z), \qquad q(z \mid x, y)
+
+    Args:
+        in_dim: Width of an encoder's view of x.
+        out_dim: Width of the decoder's output.
+        latent_dim: L.
+        num_classes: C.
+        label_in: Where the model uses y: "prior" alone, with p(z|y) a Gaussian learned for each label;
+            "decoder" alone, with p(z) standard normal; or "both".
+        hidden_dims: Widths of the encoder's hidden layers; the decoder has them in reverse.
+        options: ``activation`` and ``dropout`` as for :func:`mlp`.
+
+    Raises:
+        InvalidData: If ``label_in`` is none of the three.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        latent_dim: int,
+        num_classes: int,
+        label_in: LabelPlacement,
+        hidden_dims: Sequence[int],
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if label_in not in ("prior", "decoder", "both"):
+            raise InvalidData(f"label_in is {label_in!r}; choose 'prior', 'decoder' or 'both'.")
+        self.latent_dim = latent_dim
+        self.decoder_sees_label = label_in != "prior"
+        seen = num_classes if self.decoder_sees_label else 0
+        self.prior_network = (
+            None if label_in == "decoder" else GaussianNetwork(num_classes, (), latent_dim, **options)
+        )
+        self.encoder = GaussianNetwork(in_dim + num_classes, hidden_dims, latent_dim, **options)
+        self.decoder = mlp(seen + latent_dim, tuple(reversed(hidden_dims)), out_dim, **options)
+
+    def prior(self, y: Tensor) -> TorchDistribution:
+        """p(z | y) for one-hot y (..., C)."""
+        if self.prior_network is None:
+            return dist.Normal(y.new_zeros(self.latent_dim), y.new_ones(self.latent_dim)).to_event(1)
+        return self.prior_network(y)
+
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """Decoder's output for latents (..., L) and one-hot labels (..., C)."""
+        return self.decoder(concatenate(y, z) if self.decoder_sees_label else z)
 
 
 @torch.no_grad()
