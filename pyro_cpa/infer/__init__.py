@@ -1,7 +1,11 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
+"""Inference: the exact posterior and EM, and every bound that swaps into ``SVI``."""
 
 from pyro_cpa.infer.analytic import AnalyticELBO
+from pyro_cpa.infer.autoguide import AutoCPAPosterior
+from pyro_cpa.infer.em import EM
+from pyro_cpa.infer.exact_ml import ExactML
 from pyro_cpa.infer.helmholtz import BiHelmholtzELBO
 from pyro_cpa.infer.importance_weighted import ImportanceWeightedELBO
 from pyro_cpa.infer.multi_sample import AbstractMultiSampleELBO
@@ -12,8 +16,11 @@ from pyro_cpa.infer.wake_sleep import ReweightedWakeSleepELBO
 __all__ = [
     "AbstractMultiSampleELBO",
     "AnalyticELBO",
+    "AutoCPAPosterior",
     "BiHelmholtzELBO",
     "CoarseGrained",
+    "EM",
+    "ExactML",
     "Fixed",
     "ImportanceWeightedELBO",
     "Linear",
