@@ -109,18 +109,18 @@ def posterior_of_the_mean(x, prior_scale):
             pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
     precision = len(x) + prior_scale**-2
-    draws = dist.Normal(x.sum() / precision, precision**-0.5).sample([2000])
+    draws = dist.Normal(x.sum() / precision, precision**-0.5).sample([1000])
     return to_arviz({"mean": draws}, x, model=model, prior_samples=0)
 
 
 def test_psis_loo_against_the_closed_form():
-    """Conjugate mean: log p(x_n | rest) is normal. 2000 draws: standard errors below 0.012, five of them."""
-    x = torch.randn(30) + 0.5
+    """Conjugate mean: log p(x_n | rest) is normal. 1000 draws: standard errors below 0.017, five of them."""
+    x = torch.randn(30) + 2.0
     result = compare({"flat": posterior_of_the_mean(x, 10.0), "tight": posterior_of_the_mean(x, 0.05)})
     for row, prior_scale in zip(result.pointwise, (10.0, 0.05), strict=True):
         precision = len(x) - 1 + prior_scale**-2
         exact = dist.Normal((x.sum() - x) / precision, math.sqrt(1 + 1 / precision)).log_prob(x)
-        np.testing.assert_allclose(row, exact, atol=0.06)
+        np.testing.assert_allclose(row, exact, atol=0.085)
     assert result.kinds == ("psis-loo", "psis-loo")
     assert result.best == "flat"
     assert (result.max_pareto_k < 0.7).all()
