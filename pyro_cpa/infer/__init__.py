@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference: the exact posterior and EM, and every bound that swaps into ``SVI``."""
 
+from pyro_cpa.infer.alternating import AlternatingTrainer
 from pyro_cpa.infer.analytic import AnalyticELBO
 from pyro_cpa.infer.autoguide import AutoCPAPosterior
+from pyro_cpa.infer.checkpoint import load_checkpoint, save_checkpoint
 from pyro_cpa.infer.em import EM
 from pyro_cpa.infer.exact_ml import ExactML
 from pyro_cpa.infer.helmholtz import BiHelmholtzELBO
@@ -15,6 +17,7 @@ from pyro_cpa.infer.wake_sleep import ReweightedWakeSleepELBO
 
 __all__ = [
     "AbstractMultiSampleELBO",
+    "AlternatingTrainer",
     "AnalyticELBO",
     "AutoCPAPosterior",
     "BiHelmholtzELBO",
@@ -30,4 +33,6 @@ __all__ = [
     "ReweightedWakeSleepELBO",
     "Schedule",
     "TVO",
+    "load_checkpoint",
+    "save_checkpoint",
 ]

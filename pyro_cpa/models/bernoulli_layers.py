@@ -13,6 +13,7 @@ Three models differ only in the maps between layers, in the prior of the top and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -22,7 +23,7 @@ from pyro.nn import PyroModule
 from pyro.nn.module import pyro_method
 from torch import Tensor, nn
 
-from ..errors import InvalidData
+from pyro_cpa.errors import InvalidData
 
 __all__ = [
     "AbstractBernoulliStack",
@@ -192,10 +193,10 @@ class AbstractBernoulliStack(PyroModule):
 
     @pyro_method
     def guide(self, x: Tensor, observations: Mapping[str, Tensor] | None = None) -> None:
-        """q(z | x) for ``x`` (N, D), or for the simulated ``observations["x"]`` of a sleep phase."""
+        """q(z | x) for ``x`` (N, D), or for simulated ``observations["x"]`` (..., N, D)."""
         recognition = self.recognition
-        z = self.check(x if observations is None else observations["x"])
-        with pyro.plate("data", len(z), dim=-1):
+        z = self.check(x) if observations is None else observations["x"]
+        with pyro.plate("data", len(x), dim=-1):
             for level, site in enumerate(self.sites[1:], start=1):
                 z = pyro.sample(site, self.layer(level, recognition[level - 1](z)))
 
@@ -258,6 +259,21 @@ class AbstractBernoulliStack(PyroModule):
         return torch.cat(blocks)
 
     # ---- uses ------------------------------------------------------------------------------------------
+
+    def log_evidence(self, x: Tensor, num_particles: int = 1000, chunk_size: int | None = None) -> Any:
+        """log p(x) by importance sampling from the guide; see :func:`~pyro_cpa.infer.log_evidence`.
+
+        Args:
+            x: (N, D) binary.
+            num_particles: K.
+            chunk_size: particles in memory at a time.
+        """
+        from pyro_cpa.infer.evidence import log_evidence
+
+        with torch.no_grad():
+            return log_evidence(
+                self.model, self.guide, self.check(x), num_particles=num_particles, chunk_size=chunk_size
+            )
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> list[Tensor]:

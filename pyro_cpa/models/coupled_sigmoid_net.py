@@ -15,8 +15,8 @@ from pyro.nn.module import pyro_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import InvalidData
-from .bernoulli_layers import AbstractBernoulliStack, check_sizes
+from pyro_cpa.errors import InvalidData
+from pyro_cpa.models.bernoulli_layers import AbstractBernoulliStack, check_sizes
 
 __all__ = ["CoupledLosses", "CoupledSigmoidNet", "TransposedLinear"]
 
@@ -170,10 +170,10 @@ class CoupledSigmoidNet(AbstractBernoulliStack):
         self, x: Tensor, y: Tensor | None = None, observations: Mapping[str, Tensor] | None = None
     ) -> None:
         """q(z | x), and q(y | z) for unlabelled rows; a sleep phase passes its x in ``observations``."""
-        z = self.check(x if observations is None else observations["x"])
+        z = self.check(x) if observations is None else observations["x"]
         recognition, top = self.recognition, len(self.sizes) - 1
-        onehot, labelled = self._labels(z, y)
-        with pyro.plate("data", len(z), dim=-1):
+        onehot, labelled = self._labels(x, y)
+        with pyro.plate("data", len(x), dim=-1):
             for level in range(1, top):
                 z = pyro.sample(self.sites[level], self.layer(level, recognition[level - 1](z)))
             posterior = self.layer(top, recognition[-1](z))
@@ -307,7 +307,7 @@ class CoupledSigmoidNet(AbstractBernoulliStack):
                 f"y ranges from {int(y.min())} to {int(y.max())}; expected classes 0 to "
                 f"{num_classes - 1}, and {UNLABELLED} for an unlabelled row."
             )
-        y = y.to(x.device)
+        y = y.to(next(self.parameters()).device)
         labelled = y != UNLABELLED
         if not labelled.any():
             return None, unlabelled

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ..errors import InvalidData
-from .bernoulli_layers import check_binary, check_sizes
+from pyro_cpa.errors import InvalidData
+from pyro_cpa.models.bernoulli_layers import check_binary, check_sizes
 
 if TYPE_CHECKING:
-    from .helmholtz_machine import BidirectionalHelmholtzMachine
+    from pyro_cpa.models.helmholtz_machine import BidirectionalHelmholtzMachine
 
 __all__ = ["HelmholtzChain"]
 

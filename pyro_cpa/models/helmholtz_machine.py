@@ -11,9 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidData
-from .bernoulli_layers import MAX_ROWS, AbstractBernoulliStack, check_sizes, check_stack, deterministic_map
-from .helmholtz_chain import HelmholtzChain
+from pyro_cpa.errors import InvalidData
+from pyro_cpa.models.bernoulli_layers import (
+    MAX_ROWS,
+    AbstractBernoulliStack,
+    check_sizes,
+    check_stack,
+    deterministic_map,
+)
+from pyro_cpa.models.helmholtz_chain import HelmholtzChain
 
 __all__ = ["BidirectionalHelmholtzMachine", "EffectiveSampleSize", "Estimate"]
 

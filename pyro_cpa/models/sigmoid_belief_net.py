@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidData
-from .bernoulli_layers import AbstractBernoulliStack, Shift, check_stack, deterministic_map
+from pyro_cpa.errors import InvalidData
+from pyro_cpa.models.bernoulli_layers import AbstractBernoulliStack, Shift, check_stack, deterministic_map
 
 __all__ = ["SigmoidBeliefNet"]
 

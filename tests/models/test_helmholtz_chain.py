@@ -55,8 +55,8 @@ def test_one_sweep_leaves_the_target_invariant(exact, num_proposals):
 
 @pytest.mark.parametrize("num_proposals", UPDATES.values(), ids=UPDATES.keys())
 def test_chains_converge_to_p_star_from_one_state(exact, num_proposals):
-    start = torch.zeros(8_000, exact.x.shape[1])
-    chain = exact.stack.chain(start, num_proposals=num_proposals).sweep(40)
+    start = torch.zeros(5_000, exact.x.shape[1])
+    chain = exact.stack.chain(start, num_proposals=num_proposals).sweep(25)
     assert chi_square_p_value(exact.joint_index(chain.layers), exact.log_star_joint) > GOODNESS_FLOOR
 
 
@@ -73,8 +73,8 @@ def test_inpainting_draws_from_the_conditional(exact, num_proposals):
     observed = torch.tensor([True, False] * dim)[:dim]
     given = exact.x[-3]
     corrupted = torch.where(observed, given, torch.full_like(given, math.nan))[None]
-    x = machine.inpaint(corrupted, observed, num_chains=5_000, num_sweeps=30, num_proposals=num_proposals)
-    assert x.shape == (5_000, 1, dim)
+    x = machine.inpaint(corrupted, observed, num_chains=4_000, num_sweeps=25, num_proposals=num_proposals)
+    assert x.shape == (4_000, 1, dim)
     assert (x[..., observed] == given[observed]).all()
     compatible = (exact.x[:, observed] == given[observed]).all(1)
     conditional = torch.log_softmax(exact.log_p_star.masked_fill(~compatible, -math.inf), 0)
