@@ -11,6 +11,7 @@ from pyro_cpa.models.helmholtz_machine import BidirectionalHelmholtzMachine
 from pyro_cpa.models.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Normal
 from pyro_cpa.models.sigmoid_belief_net import SigmoidBeliefNet
 from pyro_cpa.models.vae import VAE
+from pyro_cpa.models.variational_rnn import VariationalRNN
 
 __all__ = [
     "Bernoulli",
@@ -24,5 +25,6 @@ __all__ = [
     "Normal",
     "SigmoidBeliefNet",
     "VAE",
+    "VariationalRNN",
     "cluster_accuracy",
 ]

@@ -65,12 +65,13 @@ class AbstractLatentModel(PyroModule):
             raise InvalidData(f"size is {size}, below the {rows} rows of x; give that of the whole data set.")
         return pyro.plate("data", size, subsample=torch.arange(rows, device=self.origin.device))
 
-    def checked(self, x: Tensor, shape: tuple[str, ...] = ("N",)) -> Tensor:
+    def checked(self, x: Tensor, shape: tuple[str, ...] = ("N",), keep: Tensor | None = None) -> Tensor:
         """``x`` in the model's dtype and on its device.
 
         Args:
             x: (``*shape``, D), of any dtype.
             shape: Names of the leading dimensions, for the message.
+            keep: Boolean over the leading dimensions: x is set to 0 elsewhere, whatever stands there.
 
         Raises:
             InvalidData: For another shape, NaN, or values outside the likelihood's support.
@@ -83,6 +84,8 @@ class AbstractLatentModel(PyroModule):
                 "Flatten images with x.reshape(len(x), -1), or give the model another data_dim."
             )
         x = x.to(self.origin)
+        if keep is not None:
+            x = torch.where(keep[..., None], x, torch.zeros_like(x))
         self.likelihood.check(x)
         return x
 

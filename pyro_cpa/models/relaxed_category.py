@@ -34,7 +34,7 @@ class RelaxedCategory(dist.RelaxedOneHotCategorical):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         y = super().rsample(sample_shape)
-        # At low temperatures rounding takes y off the simplex, and entries to 0 where the density is infinite.
+        # At low temperatures rounding takes y off the simplex, and entries to 0, of infinite density.
         return (y / y.sum(-1, keepdim=True)).clamp(min=torch.finfo(y.dtype).tiny)
 
 
