@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,11 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from .. import integrals
+from ..errors import InvalidData
 from .expectation import region_log_probs, region_posteriors
 from .parameters import check_data
 from .pieces import Pieces, PiecewiseJoint
+from .quantiles import mixture_quantiles
 
 __all__ = ["CPAPosterior"]
 
@@ -182,6 +184,45 @@ class CPAPosterior(TorchDistribution):
     def variance(self) -> Tensor:
         """(..., L) exact variances of z given x."""
         return self._shaped(self._mixture_moments()[1].diagonal(dim1=-2, dim2=-1))
+
+    def quantiles(self, levels: Sequence[float] | Tensor) -> Tensor:
+        """Exact quantiles of every latent coordinate, by bisection on its exact distribution function.
+
+        Args:
+            levels: Q probabilities strictly between 0 and 1.
+
+        Returns:
+            (Q, ..., L).
+        """
+        probabilities = torch.as_tensor(levels, dtype=torch.float64, device=self._x.device)
+        if probabilities.dim() != 1 or not bool(((probabilities > 0) & (probabilities < 1)).all()):
+            raise InvalidData(f"levels is {levels}: expected a list of probabilities strictly between 0 and 1")
+        mean, covariance = self._mixture_moments()
+        deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+        found = []
+        for chunk in self._chunks():
+            # What is left out has less than a rounding error of the mass.
+            rows, regions = (chunk.log_probs > -40).nonzero(as_tuple=True)
+            tril = chunk.pieces.scale_tril
+            tril = tril[regions] if tril.dim() == 3 else tril[rows, regions]
+            log_weights = chunk.pieces.log_k[rows, regions] - chunk.log_prob[rows]
+            solved = [
+                mixture_quantiles(
+                    probabilities,
+                    mean[chunk.rows, axis],
+                    deviation[chunk.rows, axis],
+                    axis,
+                    rows,
+                    log_weights,
+                    self.joint.partition.cells[regions],
+                    chunk.pieces.loc[rows, regions],
+                    tril,
+                )
+                for axis in range(self.event_shape[0])
+            ]
+            found.append(torch.stack(solved, dim=-1))
+        joined = torch.cat(found, dim=1)
+        return torch.stack([self._shaped(level) for level in joined])
 
     @property
     def mode(self) -> Tensor:

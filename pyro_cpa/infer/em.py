@@ -156,6 +156,7 @@ class EM(AbstractExactFit):
         """Name, proposal and whether walls move, of every block that this model has."""
         network = state.partition.network
         last = len(network.linears) - 1
+        # Otherwise the last linear layer is followed by something, and is a hidden layer like the others.
         ends_linear = last >= 0 and network.ends_linear
         chosen = self.blocks or ("output", "noise", "hidden")
         plan: list[tuple[str, Callable[[_EStep], list[tuple[Target, Tensor]]], bool]] = []
