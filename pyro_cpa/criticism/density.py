@@ -154,15 +154,16 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
         self.n_iter_ = max(1, best.num_steps)
         self._n_features_out = self.n_latent
         self._fit_X = rows
-        self._marginal: CPAMarginal | None = None
+        self._marginal = self._exact()
         return self
 
     def marginal(self) -> CPAMarginal:
         """The exact distribution of the data, as a Pyro distribution in their units."""
         check_is_fitted(self)
-        if self._marginal is None:
-            self._marginal = CPAMarginal(self.decoder_, torch.as_tensor(self.noise_scale_))
         return self._marginal
+
+    def _exact(self) -> CPAMarginal:
+        return CPAMarginal(self.decoder_, torch.as_tensor(self.noise_scale_))
 
     @property
     def num_parameters(self) -> int:
@@ -208,16 +209,20 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
 
     def impute(self, X: Any, *, method: str = "mean", random_state: Any = None) -> np.ndarray:
         """X with its gaps filled: by the conditional ``"mean"`` or ``"median"``, or one ``"sample"``."""
+        if method == "sample":
+            return self.impute_draws(X, 1, random_state)[0]
         rows = torch.as_tensor(self._rows(X))
+        if method == "mean":
+            return self.marginal().conditional(rows).mean.numpy()
         if method == "median":
             return conditional_quantiles(self.marginal(), rows, [0.5])[0].numpy()
-        conditional = self.marginal().conditional(rows)
-        if method == "mean":
-            return conditional.mean.numpy()
-        if method == "sample":
-            with self._seeded(random_state):
-                return conditional.sample().numpy()
         raise InvalidData(f"method is {method!r}: expected 'mean', 'median' or 'sample'")
+
+    def impute_draws(self, X: Any, n_draws: int = 10, random_state: Any = None) -> np.ndarray:
+        """(n_draws, N, D) completions of X, independent draws from the exact conditional."""
+        conditional = self.marginal().conditional(torch.as_tensor(self._rows(X)))
+        with self._seeded(random_state):
+            return conditional.sample(torch.Size((n_draws,))).numpy()
 
     def _threshold(self, missing: np.ndarray) -> float:
         comparable = ~np.isnan(self._fit_X[:, ~missing]).any(axis=1)
@@ -235,7 +240,7 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
     def _rows(self, X: Any, reset: bool = False) -> np.ndarray:
         if not reset:
             check_is_fitted(self)
-        return validate_data(
+        rows = validate_data(
             self,
             X,
             reset=reset,
@@ -243,16 +248,21 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
             ensure_all_finite="allow-nan",
             ensure_min_samples=2 if reset else 1,
         )
+        # torch takes writable memory only, and frames hand out their own.
+        return np.array(rows)
 
     def _seeded(self, random_state: Any) -> Any:
         random = check_random_state(self.random_state if random_state is None else random_state)
         return _Seeded(int(random.randint(2**31 - 1)))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(super().__getstate__())
-        # The partition is rebuilt in less time than it takes to store.
-        state.pop("_marginal", None)
-        return state if "decoder_" not in state else {**state, "_marginal": None}
+        # The regions follow from the decoder: they are found again where it is loaded.
+        return {name: value for name, value in super().__getstate__().items() if name != "_marginal"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "decoder_" in state:
+            self._marginal = self._exact()
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

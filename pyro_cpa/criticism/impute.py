@@ -78,12 +78,8 @@ def impute_draws(data: Any, fit: Any = None, *, num_draws: int = 10, random_stat
         >>> len(impute_draws(x, num_draws=3, random_state=0))
         3
     """
-    from sklearn.utils import check_random_state
-
     fit, table, values = _prepare(data, fit, random_state)
-    random = check_random_state(random_state)
-    seeds = random.randint(2**31 - 1, size=num_draws)
-    return [_fill(data, values, fit.impute(table, method="sample", random_state=int(s))) for s in seeds]
+    return [_fill(data, values, draw) for draw in fit.impute_draws(table, num_draws, random_state)]
 
 
 def _prepare(data: Any, fit: Any, random_state: Any) -> tuple[Any, Any, np.ndarray]:
@@ -139,10 +135,8 @@ def _fill(data: Any, values: np.ndarray, filled: np.ndarray) -> Any:
         cells = gaps[:, column]
         dtype = data.dtypes.iloc[column]
         new = filled[cells, column]
-        whole = dtype.kind in "iu"
+        new = np.rint(new) if dtype.kind in "iu" else new
         series = data.iloc[:, column].copy()
-        series.iloc[cells] = (np.rint(new) if whole else new).astype(
-            dtype.numpy_dtype if whole else "float64"
-        )
+        series.iloc[cells] = new.astype(getattr(dtype, "numpy_dtype", dtype))
         result.isetitem(column, series)
     return result

@@ -32,7 +32,7 @@ def conditional_quantiles(marginal: Any, x: Any, probs: Sequence[float], *, tol:
             and ``conditional``.
         x: (N, D); NaN marks missing cells.
         probs: Q probabilities tau, strictly between 0 and 1.
-        tol: accuracy, in probability and in conditional standard deviations.
+        tol: accuracy in probability: :math:`|F_d(q_d(\tau)) - \tau| \le` ``tol``.
 
     Returns:
         (Q, N, D) float64; observed cells hold their value.
@@ -42,7 +42,7 @@ def conditional_quantiles(marginal: Any, x: Any, probs: Sequence[float], *, tol:
 
     Note:
         Exact up to ``tol``: the density is exact, its integral Gauss-Legendre on panels that are halved until
-        mass and quantiles settle. A missing cell takes some hundreds of evaluations of log p(x); for many
+        mass and probabilities settle. A missing cell takes some hundreds of evaluations of log p(x); for many
         cells, quantiles of draws from ``marginal.conditional(x)`` are cheaper.
 
     Example:
@@ -68,7 +68,7 @@ def conditional_quantiles(marginal: Any, x: Any, probs: Sequence[float], *, tol:
         log_evidence = marginal.log_prob(rows)[cells[:, 0]]
         panels, reach = _FIRST_PANELS, 8.0
         pending = torch.arange(len(cells))
-        previous = torch.full((len(cells), len(tau)), torch.nan, dtype=torch.float64)
+        quantiles = torch.full((len(cells), len(tau)), torch.nan, dtype=torch.float64)
         while len(pending):
             if panels > _LAST_PANELS:
                 raise InvalidData(
@@ -78,14 +78,14 @@ def conditional_quantiles(marginal: Any, x: Any, probs: Sequence[float], *, tol:
             start = centre[pending] - reach * spread[pending]
             width = 2 * reach * spread[pending] / panels
             density = _densities(marginal, rows, cells[pending], log_evidence[pending], start, width, panels)
-            mass, quantiles = _invert(density, start, width, tau)
-            moved = (quantiles - previous[pending]).abs().amax(1) / spread[pending]
-            previous[pending] = quantiles
+            law = _GridLaw(density, start, width)
             # What lies out of reach is missing mass; what the panels cannot resolve moves with their number.
-            done = ((mass - 1).abs() <= tol) & (moved <= tol)
+            moved = (law.cdf(quantiles[pending]) - tau).abs().amax(1)
+            quantiles[pending] = law.quantile(tau)
+            done = ((law.mass - 1).abs() <= tol) & (moved <= tol)
             pending = pending[~done]
             panels, reach = 2 * panels, reach * 1.25
-    found[:, index[0], index[1]] = previous.T
+    found[:, index[0], index[1]] = quantiles.T
     return found
 
 
@@ -112,23 +112,47 @@ def _densities(
     return torch.cat(found).reshape(len(cells), panels, _NODES)
 
 
-def _invert(density: Tensor, start: Tensor, width: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass (C,) and quantiles (C, Q): whole panels, then the polynomial through one panel, bisected."""
-    nodes, weights = (torch.as_tensor(a) for a in np.polynomial.legendre.leggauss(_NODES))
-    cumulative = torch.cumsum(density @ weights * width[:, None] / 2, dim=1)
-    mass = cumulative[:, -1]
-    target = tau * mass[:, None]
-    panel = torch.searchsorted(cumulative, target).clamp(max=cumulative.shape[1] - 1)
-    below = torch.where(panel > 0, cumulative.gather(1, (panel - 1).clamp(min=0)), 0.0)
-    # Integrals from -1 of the Lagrange polynomials, as a polynomial in s: exact for the interpolant.
-    vandermonde = nodes[:, None] ** torch.arange(_NODES)
-    values = density.gather(1, panel[:, :, None].expand(-1, -1, _NODES))
-    coefficients = torch.linalg.solve(vandermonde, values[..., None])[..., 0]
-    powers = torch.arange(1, _NODES + 1, dtype=torch.float64)
-    low, high = torch.full_like(target, -1.0), torch.full_like(target, 1.0)
-    for _ in range(60):
-        s = (low + high) / 2
-        integral = (coefficients / powers * (s[..., None] ** powers - (-1.0) ** powers)).sum(-1)
-        too_low = below + integral * width[:, None] / 2 < target
-        low, high = torch.where(too_low, s, low), torch.where(too_low, high, s)
-    return mass, start[:, None] + width[:, None] * (panel + (low + high) / 4 + 0.5)
+class _GridLaw:
+    """Distribution functions (C of them) from densities at Gauss-Legendre nodes of adjacent panels.
+
+    Args:
+        density: (C, panels, nodes).
+        start: (C,) left end of the first panel.
+        width: (C,) of every panel.
+    """
+
+    def __init__(self, density: Tensor, start: Tensor, width: Tensor) -> None:
+        nodes, weights = (torch.as_tensor(a) for a in np.polynomial.legendre.leggauss(_NODES))
+        self.start, self.width = start[:, None], width[:, None]
+        mass = density @ weights * self.width / 2
+        self.cumulative = torch.nn.functional.pad(mass.cumsum(dim=1), (1, 0))
+        self.mass = self.cumulative[:, -1]
+        # The polynomial through one panel's nodes, by powers of s in [-1, 1].
+        self.powers = torch.arange(1, _NODES + 1, dtype=torch.float64)
+        to_powers = torch.linalg.inv(nodes[:, None] ** (self.powers - 1))
+        self.coefficients = density @ to_powers.T / self.powers * self.width[..., None] / 2
+
+    def _within(self, panel: Tensor, s: Tensor) -> Tensor:
+        """(C, Q) probability below the point s of the panel."""
+        coefficients = self.coefficients.gather(1, panel[..., None].expand(-1, -1, _NODES))
+        inside = (coefficients * (s[..., None] ** self.powers - (-1.0) ** self.powers)).sum(-1)
+        return self.cumulative.gather(1, panel) + inside
+
+    def cdf(self, t: Tensor) -> Tensor:
+        """(C, Q) probability below t (C, Q); NaN where t is."""
+        panels = self.coefficients.shape[1]
+        position = (t - self.start) / self.width
+        panel = position.nan_to_num().floor().clamp(0, panels - 1)
+        return self._within(panel.long(), (2 * (position - panel) - 1).clamp(-1, 1))
+
+    def quantile(self, tau: Tensor) -> Tensor:
+        """(C, Q) points below which lies the share tau (Q,) of the mass; bisection to the last bit."""
+        target = tau * self.mass[:, None]
+        panel = torch.searchsorted(self.cumulative[:, 1:].contiguous(), target)
+        panel = panel.clamp(max=self.coefficients.shape[1] - 1)
+        low, high = torch.full_like(target, -1.0), torch.full_like(target, 1.0)
+        for _ in range(60):
+            s = (low + high) / 2
+            too_low = self._within(panel, s) < target
+            low, high = torch.where(too_low, s, low), torch.where(too_low, high, s)
+        return self.start + self.width * (panel + (low + high) / 4 + 0.5)

@@ -88,7 +88,7 @@ def test_multiple_imputation_scatters_as_the_conditional_does(table, fit):
     draws = np.array([t.iloc[3, 0] for t in tables])
     mean, variance = float(conditional.mean[3, 0]), float(conditional.variance[3, 0])
     assert abs(draws.mean() - mean) < 5 * np.sqrt(variance / 200)
-    # A mixture of truncated Gaussians plus noise has kurtosis near 3 here: twice the Gaussian error is generous.
+    # The conditional's kurtosis is not 3: twice the Gaussian error is generous.
     assert abs(draws.var() / variance - 1) < 10 * np.sqrt(2 / 200)
     again = impute_draws(table, fit, num_draws=2, random_state=0)
     pd.testing.assert_frame_equal(again[1], impute_draws(table, fit, num_draws=2, random_state=0)[1])
