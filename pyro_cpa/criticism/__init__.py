@@ -11,6 +11,7 @@ from .arviz import to_arviz
 from .compare import Comparison, compare
 from .conformal import ConformalDetector
 from .impute import impute, impute_draws
+from .manifold import NearestPoint, manifold_distance
 from .parameter_count import count_parameters
 from .quantiles import conditional_quantiles
 from .ranking import RocCurve, average_precision, roc_auc, roc_curve
@@ -23,6 +24,7 @@ __all__ = [
     "CPADensity",
     "Comparison",
     "ConformalDetector",
+    "NearestPoint",
     "RocCurve",
     "average_precision",
     "compare",
@@ -31,6 +33,7 @@ __all__ = [
     "feature_surprise",
     "impute",
     "impute_draws",
+    "manifold_distance",
     "posterior_region",
     "roc_auc",
     "roc_curve",
