@@ -137,7 +137,9 @@ class ImportanceWeightedELBO(AbstractMultiSampleELBO):
         signal = value.detach().expand_as(log_w)
         if estimator == "vimco":
             signal = signal - leave_one_out(log_w.detach(), self.alpha)
-        return value, value + (signal * weights.score).sum(0)
+        # The scores in log w enter with v_k; less their mean-zero share 1 / K, they vanish at the posterior.
+        assert weights.score_log_q is not None
+        return value, value + (signal * weights.score).sum(0) + weights.score_log_q.mean(0)
 
     def _choose(self, weights: LogWeights) -> str:
         estimator = self.estimator

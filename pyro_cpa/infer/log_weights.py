@@ -23,8 +23,7 @@ class LogWeights:
 
     .. math:: \text{outer} + \sum_n \text{scale}_n \, F(\log w_{1n}, \dots, \log w_{Kn}).
 
-    Sequential plates come first, as one axis; the vectorised ones follow in the order of their dims. Where
-    the elements of a sequential plate differ in shape, all are flattened into that one axis.
+    Sequential plates come first, as one axis; the vectorised ones follow in the order of their dims.
 
     Args:
         log_p: (K, \*plates) log joint density of the model.
@@ -34,7 +33,8 @@ class LogWeights:
         plates: names of the weight plates.
         score: (K, \*plates) log density of the guide sites that cannot be reparameterised, unscaled and
             unmasked; None if there are none or the draws were detached.
-        score_sites: names of the sites in ``score``.
+        score_log_q: (K, \*plates) the part of ``log_q`` that these sites make up, or None like ``score``.
+        score_sites: their names.
         outer_score: () the same for the outer sites (all of them where the draws were detached), or None.
         path: (K, \*plates) log w, differentiable through the draws alone; None unless replayed on leaves.
         direct: (K, \*plates) log p less the transforms of the guide, differentiable through all but the
@@ -48,6 +48,7 @@ class LogWeights:
     outer: Tensor
     plates: tuple[str, ...] = ()
     score: Tensor | None = None
+    score_log_q: Tensor | None = None
     score_sites: tuple[str, ...] = ()
     outer_score: Tensor | None = None
     path: Tensor | None = None
@@ -89,6 +90,11 @@ class LogWeights:
                     f"a site outside plates={first.plates} depends on latents inside them, so it cannot be "
                     "shared by the particles: leave those plates out of plates=(...)"
                 )
+        if len({run.path is None for run in runs}) > 1:
+            raise UnsupportedModel(
+                "some particles' draws are all reparameterised, others' are not: choose an estimator for "
+                "both, such as 'vimco' or 'score'"
+            )
 
         def join(tensors: list[Tensor | None]) -> Tensor | None:
             if all(t is None for t in tensors):
@@ -108,6 +114,7 @@ class LogWeights:
             outer=first.outer,
             plates=first.plates,
             score=join([run.score for run in runs]),
+            score_log_q=join([run.score_log_q for run in runs]),
             score_sites=tuple(dict.fromkeys(name for run in runs for name in run.score_sites)),
             outer_score=first.outer_score,
             path=join([run.path for run in runs]),

@@ -61,8 +61,8 @@ def with_observations(
         if not any(value is argument for argument in reached):
             raise UnsupportedModel(
                 f"the guide cannot be shown dreamt data of site '{name}': no argument is the tensor the "
-                f"model observes there, of shape {tuple(observed[name]['infer']['obs'].shape)}. Pass that very "
-                "tensor to both, or give both a keyword `observations`, a dictionary by site"
+                f"model observes there, of shape {tuple(observed[name]['infer']['obs'].shape)}. Pass that "
+                "very tensor to both, or give both a keyword `observations`, a dictionary by site"
             )
     return new_args, new_kwargs
 

@@ -65,6 +65,9 @@ def sample_log_weights(
     Returns:
         LogWeights of all K particles; all share one minibatch and one draw of the outer latents.
     """
+    for role, fn in (("model", model), ("guide", guide)):
+        if not callable(fn):
+            raise UnsupportedModel(f"the {role} is {fn!r}: it must be callable, with pyro.sample sites in it")
     kwargs = dict(kwargs or {})
     vectorize = vectorize and num_particles > 1
     if vectorize and max_plate_nesting == math.inf:
@@ -111,7 +114,7 @@ class _Pair:
         """One run: a plate of ``size`` particles, or a single particle (None)."""
         messenger = poutine.unwrap(self.guide)
         if isinstance(messenger, GuideMessenger):
-            with self._handlers(size, shared):
+            with self._handlers(size, shared, in_guide=True):
                 self.guide(*self.args, **self.kwargs)
             model_trace, guide_trace = messenger.get_traces()
             drawn, leaves = messenger.trace, None
@@ -125,8 +128,8 @@ class _Pair:
             leaves = self._leaves(drawn)
             if leaves is not None:
                 # Points and transforms are computed again, from the leaves.
-                guide_trace = self._trace(self.guide, size, shared | _values(drawn, _is_replayed) | leaves)
-            model_trace = self._trace(self.model, size, shared | _values(guide_trace))
+                guide_trace = self._trace(self.guide, size, shared | _values(drawn, is_drawn) | leaves)
+            model_trace = self._trace(self.model, size, shared | _values(guide_trace, lambda site: True))
         weights = trace_log_weights(
             model_trace,
             prune_subsample_sites(guide_trace),
@@ -139,8 +142,8 @@ class _Pair:
         )
         weights = self._with_views(weights, drawn, leaves)
         if not shared:
-            subsamples = _values(model_trace, site_is_subsample) | _values(drawn, site_is_subsample)
-            shared = subsamples | _values(drawn, lambda site: is_drawn(site) and not self._is_inner(site))
+            outer = _values(drawn, lambda site: is_drawn(site) and not self._is_inner(site))
+            shared = _values(model_trace, lambda site: False) | outer
         return weights, shared
 
     @property
@@ -148,9 +151,10 @@ class _Pair:
         return -int(self.nesting) - 1
 
     @contextmanager
-    def _handlers(self, size: int | None, values: Values) -> Iterator[None]:
+    def _handlers(self, size: int | None, values: Values, in_guide: bool) -> Iterator[None]:
         with ExitStack() as stack:
-            if self.draws is Draws.DETACHED:
+            # Not in the model, which would cut point estimates, drawn there from a density, from their guide.
+            if in_guide and self.draws is Draws.DETACHED:
                 stack.enter_context(DetachDraws())
             stack.enter_context(ReuseValues(values))
             if size is not None:
@@ -158,7 +162,7 @@ class _Pair:
             yield
 
     def _trace(self, fn: Callable[..., Any], size: int | None, values: Values) -> Trace:
-        with self._handlers(size, values):
+        with self._handlers(size, values, in_guide=fn is self.guide):
             return poutine.trace(fn).get_trace(*self.args, **self.kwargs)
 
     def _is_inner(self, site: Any) -> bool:
@@ -200,14 +204,11 @@ class _Pair:
         return replace(weights, path=path, direct=direct, log_p=log_p, log_q=log_q)
 
 
-def _values(trace: Trace, wanted: Callable[[Any], bool] = lambda site: not site["is_observed"]) -> Values:
-    return {
-        name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample" and wanted(site)
-    }
-
-
-def _is_replayed(site: Any) -> bool:
-    return site_is_subsample(site) or is_drawn(site)
+def _values(trace: Trace, wanted: Callable[[Any], bool]) -> Values:
+    """The minibatch of ``trace``, and the values of those sites of density that are ``wanted``."""
+    subsamples: Any = ((name, site) for name, site in trace.nodes.items() if site_is_subsample(site))
+    minibatch = {name: site["value"] for name, site in subsamples if len(site["value"]) < site["fn"].size}
+    return minibatch | {name: site["value"] for name, site in sample_sites(trace) if wanted(site)}
 
 
 def plate_nesting(

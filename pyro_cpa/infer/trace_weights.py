@@ -97,6 +97,7 @@ def trace_log_weights(
         outer=joined.log_p.new_zeros(()) + _sum(outer_terms),
         plates=weight_plates.names,
         score=joined.score if score_sites else None,
+        score_log_q=joined.score_log_q if score_sites else None,
         score_sites=score_sites,
         outer_score=_sum(outer_scores) if outer_scores else None,
         direct=joined.log_p - joined.transforms,
@@ -114,6 +115,7 @@ class _Sums(NamedTuple):
     log_p: Tensor
     log_q: Tensor
     score: Tensor
+    score_log_q: Tensor
     transforms: Tensor
     scale: Tensor
 
@@ -155,7 +157,7 @@ def _element_sums(
     """Sums of one element of the loops: (K, *axes) each, and the outside scale (*axes)."""
     first = terms[0].site
     zero = first["unscaled_log_prob"].new_zeros((num_particles, *plates.sizes(first)))
-    log_p = log_q = score = transforms = zero
+    log_p = log_q = score = score_log_q = transforms = zero
     common = plates.common_scale([term.site for term in terms])
     for name, site, in_guide, site_score in terms:
         if not linear:
@@ -169,25 +171,19 @@ def _element_sums(
         log_q = log_q + log_prob
         if site_score is not None:
             score = score + plates.reduce(site_score, name, site, particle_dim)
+            score_log_q = score_log_q + log_prob
         if has_no_own_density(site):
             transforms = transforms + log_prob
     outside = plates.subsampling(first) * (1.0 if common is None else common)
-    return _Sums(log_p, log_q, score, transforms, zero[0] + outside)
+    return _Sums(log_p, log_q, score, score_log_q, transforms, zero[0] + outside)
 
 
 def _join(sums: Sequence[_Sums], num_particles: int, loops: bool) -> _Sums:
-    """Put the elements of the loops side by side on one axis, flattened with the rest if shapes differ."""
+    """Put the elements of the loops side by side on one axis, after that of the particles."""
     if not sums:
         zero = torch.zeros(num_particles)
-        return _Sums(zero, zero, zero, zero, torch.ones(()))
+        return _Sums(zero, zero, zero, zero, zero, torch.ones(()))
     if not loops:
         return sums[0]
-    ragged = len({s.log_p.shape for s in sums}) > 1
-
-    def join(tensors: Sequence[Tensor], leading: int) -> Tensor:
-        if ragged:
-            return torch.cat([t.reshape(*t.shape[:leading], -1) for t in tensors], dim=leading)
-        return torch.stack(list(tensors), dim=leading)
-
-    log_p, log_q, score, transforms, scale = zip(*sums, strict=True)
-    return _Sums(join(log_p, 1), join(log_q, 1), join(score, 1), join(transforms, 1), join(scale, 0))
+    *per_particle, scales = (list(column) for column in zip(*sums, strict=True))
+    return _Sums(*(torch.stack(column, dim=1) for column in per_particle), torch.stack(scales))  # type: ignore[call-arg]
