@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from ..errors import UnsupportedModel
+from ..infer.importance_weighted import ImportanceWeightedELBO
 
 __all__ = ["Evidence", "as_rows", "evidence_of"]
 
@@ -76,4 +79,15 @@ def _exact(fit: Any) -> Callable[[Any], Any]:
 
 
 def _estimated(model: Callable, guide: Callable, x: Any, num_samples: int) -> Evidence:
-    raise NotImplementedError
+    """log mean_k w_k per datum, with the delta method's error sd(w) / (mean(w) sqrt(K))."""
+    rows = as_rows(x)
+    with torch.no_grad(), poutine.block():
+        log_w = ImportanceWeightedELBO(num_samples).log_weights(model, guide, rows).log_w.to(torch.float64)
+    if log_w.shape[1:] != rows.shape[:1]:
+        raise UnsupportedModel(
+            f"the model's plates of shape {tuple(log_w.shape[1:])} do not give one evidence for each of the "
+            f"{len(rows)} rows: put every site of model and guide in one plate over the rows"
+        )
+    log_prob = log_w.logsumexp(dim=0) - math.log(num_samples)
+    relative = (log_w - log_prob).exp()
+    return Evidence(log_prob, relative.std(dim=0) / math.sqrt(num_samples), "estimate")

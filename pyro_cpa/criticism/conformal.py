@@ -45,7 +45,7 @@ class ConformalDetector:
         >>> detector.p_values([0.0, 49.5]).tolist()
         [1.0, 0.01]
         >>> detector.threshold(0.05)
-        48.0
+        47.0
     """
 
     def __init__(self, score: Callable[[Any], Any], calibration: Any) -> None:

@@ -288,9 +288,8 @@ class _Seeded:
 
 def _in_units(decoder: torch.nn.Sequential, loc: Tensor, spread: Tensor) -> torch.nn.Sequential:
     """The decoder of standardised data followed by the data's units, folded into its last layer."""
-    last = decoder[-1]
-    assert isinstance(last, torch.nn.Linear)
+    weight, bias = decoder[-1].parameters()
     with torch.no_grad():
-        last.weight.mul_(spread[:, None])
-        last.bias.mul_(spread).add_(loc)
+        weight.mul_(spread[:, None])
+        bias.mul_(spread).add_(loc)
     return decoder

@@ -89,9 +89,9 @@ def _nearest(cells: Cells, slopes: Tensor, offsets: Tensor, data: Tensor) -> tup
 
 
 def _candidates(cells: Cells, gram: Tensor, c: Tensor) -> Tensor:
-    """(N, R, M, L) points among which each cell's minimiser is; NaN where a candidate is outside its cell."""
-    # A piece that is flat in some direction has many minimisers: the shortest is tried inside the cell, and if
-    # it lies outside, the set of minimisers either misses the cell or crosses an edge.
+    """(N, R, M, L) points among which each cell's minimiser is; NaN where one lies outside its cell."""
+    # A piece that is flat in some direction has many minimisers: the shortest is tried inside the cell, and
+    # if it lies outside, the set of minimisers either misses the cell or crosses an edge.
     free = (torch.linalg.pinv(gram, hermitian=True) @ c[..., None])[..., 0]
     if isinstance(cells, WholeSpace):
         return free[:, :, None]
