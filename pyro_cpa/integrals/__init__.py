@@ -12,7 +12,7 @@
 They dispatch on the kind of cells: whole space (any dimension), intervals, polygons.
 """
 
-from pyro_cpa.integrals import interval, whole_space
+from pyro_cpa.integrals import interval, polygon, whole_space
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
 
-__all__ = ["Moments", "interval", "log_mass", "log_mass_bound", "moments", "sample", "whole_space"]
+__all__ = ["Moments", "interval", "log_mass", "log_mass_bound", "moments", "polygon", "sample", "whole_space"]

@@ -22,7 +22,7 @@ __all__ = ["Moments", "log_mass", "log_mass_bound", "moments", "sample"]
 
 
 class Moments(NamedTuple):
-    """Log-mass, mean and covariance of Gaussians truncated to cells, of shapes (..., R), (..., R, L), (..., R, L, L)."""
+    """Log-mass (..., R), mean (..., R, L) and covariance (..., R, L, L) of Gaussians truncated to cells."""
 
     log_mass: Tensor
     mean: Tensor
@@ -31,7 +31,7 @@ class Moments(NamedTuple):
 
 def _unsupported(cells: Cells) -> UnsupportedModel:
     return UnsupportedModel(
-        f"no Gaussian integrals for cells of type {type(cells).__name__} (dimension {getattr(cells, 'dim', '?')}); "
+        f"no Gaussian integrals are known for cells of type {type(cells).__name__}; "
         "expected WholeSpace, Intervals or Polygons: use a latent space of dimension 1 or 2, or register "
         "implementations for this type with pyro_cpa.integrals.dispatch"
     )

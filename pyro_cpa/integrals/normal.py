@@ -10,7 +10,7 @@ in as such because the difference of two rounded ends would lose the digits of a
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from numpy.polynomial import legendre
@@ -25,7 +25,7 @@ _SHORT = 3.0  # an interval over which the log-density falls by less than this i
 _NODES = 10  # Gauss-Legendre nodes that do so to full precision
 
 
-@lru_cache(maxsize=None)
+@cache
 def gauss_legendre(count: int) -> tuple[tuple[float, float], ...]:
     """Nodes in (-1, 1) and weights of the Gauss-Legendre rule, as pairs of Python floats."""
     nodes, weights = legendre.leggauss(count)
@@ -73,10 +73,10 @@ def _short_integrals(near: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def truncated_moments(near: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Log-mass, mean and variance of the standard normal on ``[near, near + width]``, ``near + width/2 >= 0``.
+    r"""Log-mass, mean and variance of the standard normal on ``[near, near + width]``.
 
     Args:
-        near: end of the interval nearest zero, ``-inf`` allowed.
+        near: end of the interval nearest zero, ``-inf`` allowed; the middle is not negative.
         width: width, zero and ``+inf`` allowed.
 
     Returns:
@@ -84,7 +84,7 @@ def truncated_moments(near: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tens
 
     Note:
         Relative precision about 1e-13 for any interval: short ones by quadrature of positive terms, tails by
-        scaled tail moments, the others by the error function. A point has log-mass ``-inf`` and zero variance.
+        scaled tail moments, the others by the error function. A point has log-mass ``-inf`` and variance 0.
     """
     start = near.clamp(min=0.0)
     drop = width * (start + 0.5 * width)
@@ -97,7 +97,7 @@ def truncated_moments(near: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tens
     offset = width * share + near.clamp(max=0.0)
     variance = width * width * (second / zeroth - share * share)
 
-    # Long and beyond the mean. Where the far end no longer counts its width is replaced, for inf * 0 is not 0.
+    # Long and beyond the mean. A far end that no longer counts is replaced, for inf * 0 is not 0.
     m0, m1, m2 = mills_moments(start)
     reach = torch.where(drop < 750.0, width, torch.zeros_like(width))
     decay = torch.exp(-drop)

@@ -21,12 +21,31 @@ from pyro_cpa.integrals.polygon_frame import (
     sight,
     whiten,
 )
+from pyro_cpa.integrals.normal import HALF_LOG_2PI
+from pyro_cpa.integrals.polygon_sample import draw_points
 from pyro_cpa.integrals.polygon_slices import cut, integrate
 from pyro_cpa.partition.cells import Polygons
 
 __all__: list[str] = []
 
+_EDGE_COUNTS = (4, 6)  # padding costs time: cells with up to so many edges are treated apart
 _CHUNK = 8192  # pairs worked on at a time: what a processor's cache holds
+
+
+def _by_edge_count(cells: Polygons) -> Iterator[tuple[Tensor, Polygons]]:
+    """Groups of cells with few edges and with many, without the padding they do not need."""
+    order = torch.argsort(cells.is_edge.to(torch.int8), dim=1, descending=True, stable=True)
+    counts = cells.is_edge.sum(dim=1)
+    fewer = -1
+    for most in (*_EDGE_COUNTS, cells.offsets.shape[1]):
+        index = torch.nonzero((counts > fewer) & (counts <= most)).squeeze(-1)
+        fewer = max(most, fewer)
+        if index.shape[0] > 0:
+            columns = order[index, :most]
+            group = cells[index]
+            normals = group.normals.gather(1, columns.unsqueeze(-1).expand(-1, -1, 2))
+            rest = (field.gather(1, columns) for field in (group.offsets, group.starts, group.ends))
+            yield index, Polygons(normals, *rest)
 
 
 def _map_pairs(
@@ -34,66 +53,100 @@ def _map_pairs(
 ) -> Tensor:
     """Applies ``compute(edges, loc)``, (outputs, P) from P pairs, to all pairs in chunks: (outputs, ..., R)."""
     batch = loc.shape[:-1]
+    chunk = max(1, min(_CHUNK, 16 * _CHUNK // max(outputs, 1)))
     if scale_tril.dim() > 3:
         region = torch.arange(batch[-1], device=loc.device).expand(batch).reshape(-1)
         scale_tril = scale_tril.expand(*batch, 2, 2).reshape(-1, 2, 2)
         cells, loc = cells[region], loc.reshape(1, -1, 2)
     loc = loc.reshape(-1, loc.shape[-2], 2)
     result = loc.new_empty(outputs, loc.shape[0], loc.shape[1])
-    width = max(1, min(_CHUNK, loc.shape[1]))
-    height = max(1, _CHUNK // width)
-    for column in range(0, loc.shape[1], width):
-        part = torch.arange(column, min(column + width, loc.shape[1]), device=loc.device)
-        edges = whiten(cells[part], scale_tril[part])
-        for row in range(0, loc.shape[0], height):
-            means = loc[row : row + height, column : column + width]
-            pairs = torch.arange(means.shape[1], device=loc.device).repeat(means.shape[0])
-            values = compute(edges.at(pairs), means.reshape(-1, 2).T.contiguous())
-            result[:, row : row + height, column : column + width] = values.view(outputs, *means.shape[:2])
+    for group, members in _by_edge_count(cells):
+        for part in torch.arange(len(members), device=loc.device).split(chunk):
+            regions = group[part]
+            edges = whiten(members[part], scale_tril[regions])
+            rows = max(1, chunk // part.shape[0])
+            for row in range(0, loc.shape[0], rows):
+                means = loc[row : row + rows, regions]
+                pairs = edges.repeat(means.shape[0])
+                values = compute(pairs, means.reshape(-1, 2).T.contiguous())
+                result[:, row : row + rows, regions] = values.view(outputs, *means.shape[:2])
     return result.reshape(outputs, *batch)
 
 
-def _columns(fields, index):
-    return type(fields)(*(f.index_select(-1, index) for f in fields))
+def _frames(edges: Edges, loc: Tensor) -> Iterator[tuple[Tensor, Frame]]:
+    """Slicing frames of all pairs, thin cells and others apart, with the pairs they belong to."""
+    view = sight(edges, loc)
+    at, thin = longest(edges, view)
+    for chosen in (thin, ~thin):
+        index = torch.nonzero(chosen).squeeze(-1)
+        if index.shape[0] > 0:
+            some = Edges(*(field.index_select(-1, index) for field in edges))
+            seen = Sight(*(field.index_select(-1, index) for field in view))
+            if chosen is thin:
+                yield index, edge_frame(some, seen, at.index_select(0, index))
+            else:
+                yield index, nearest_frame(some, seen, loc.index_select(1, index))
 
 
-@moments.register
-@torch.no_grad()
-def _moments(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Moments:
-    lm, mx, my, vxx, vxy, vyy = _map_pairs(cells, loc, scale_tril, 6, _compute)
-    cov = torch.stack([vxx, vxy, vxy, vyy], -1).reshape(*loc.shape, 2)
-    return Moments(lm, torch.stack([mx, my], -1), cov)
+def _pair_moments(edges: Edges, loc: Tensor) -> Tensor:
+    """Log-mass, mean (2) and covariance (xx, xy, yy) of P pairs, (6, P)."""
+    result = loc.new_empty(6, loc.shape[1])
+    for index, frame in _frames(edges, loc):
+        panels = cut(frame)
+        sums = loc.new_zeros(6, index.shape[0]).index_add_(1, panels.pair, integrate(frame, panels))
+        total = sums[0]
+        # A cell without interior keeps its reference point as mean.
+        _, t, s, tt, ts, ss = sums / torch.where(total > 0.0, total, torch.ones_like(total))
+        tt, ts, ss = tt - t * t, ts - t * s, ss - s * s
+        xt, xs, yt, ys = frame.jxx, frame.jxy, frame.jyx, frame.jyy
+        log_masses = torch.log(total) - 0.5 * (frame.t0 * frame.t0 + frame.s0 * frame.s0) - 2.0 * HALF_LOG_2PI
+        result[:, index] = torch.stack(
+            [
+                log_masses,
+                frame.zx + xt * t + xs * s,
+                frame.zy + yt * t + ys * s,
+                xt * xt * tt + 2.0 * xt * xs * ts + xs * xs * ss,
+                xt * yt * tt + (xt * ys + xs * yt) * ts + xs * ys * ss,
+                yt * yt * tt + 2.0 * yt * ys * ts + ys * ys * ss,
+            ]
+        )
+    return result
+
+
+def _pair_bound(edges: Edges, loc: Tensor) -> Tensor:
+    return -0.5 * sight(edges, loc).distance.square().unsqueeze(0)
 
 
 @log_mass.register
 @torch.no_grad()
 def _log_mass(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    return _map_pairs(cells, loc, scale_tril, 6, _compute)[0]
+    return _map_pairs(cells, loc, scale_tril, 6, _pair_moments)[0]
 
 
-def _compute(edges: Edges, loc: Tensor) -> Tensor:
-    view = sight(edges, loc)
-    at, thin = longest(edges, view)
-    out = loc.new_empty(6, loc.shape[1])
-    for mask, kind in ((thin, True), (~thin, False)):
-        index = torch.nonzero(mask).squeeze(-1)
-        if index.numel() == 0:
-            continue
-        e, v = _columns(edges, index), _columns(view, index)
-        frame = edge_frame(e, v, at[index]) if kind else nearest_frame(e, v, loc[:, index])
-        out[:, index] = _finish(frame)
-    return out
+@moments.register
+@torch.no_grad()
+def _moments(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Moments:
+    log_masses, x, y, xx, xy, yy = _map_pairs(cells, loc, scale_tril, 6, _pair_moments)
+    covariance = torch.stack([xx, xy, xy, yy], dim=-1).reshape(*loc.shape, 2)
+    return Moments(log_masses, torch.stack([x, y], dim=-1), covariance)
 
 
-def _finish(frame: Frame):
-    m0, t, e, tt, te, ee = integrate(frame, cut(frame))
-    lm = torch.log(m0) - 0.5 * (frame.t0**2 + frame.s0**2) - math.log(2 * math.pi)
-    t, e = t / m0, e / m0
-    tt, te, ee = tt / m0 - t * t, te / m0 - t * e, ee / m0 - e * e
-    a, b, c, d = frame.jxx, frame.jxy, frame.jyx, frame.jyy
-    mx = frame.zx + a * t + b * e
-    my = frame.zy + c * t + d * e
-    vxx = a * a * tt + 2 * a * b * te + b * b * ee
-    vyy = c * c * tt + 2 * c * d * te + d * d * ee
-    vxy = a * c * tt + (a * d + b * c) * te + b * d * ee
-    return torch.stack([lm, mx, my, vxx, vxy, vyy])
+@log_mass_bound.register
+@torch.no_grad()
+def _log_mass_bound(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    return _map_pairs(cells, loc, scale_tril, 1, _pair_bound)[0]
+
+
+@sample.register
+@torch.no_grad()
+def _sample(cells: Polygons, loc: Tensor, scale_tril: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    count = math.prod(sample_shape)
+
+    def draw(edges: Edges, means: Tensor) -> Tensor:
+        result = means.new_empty(2 * count, means.shape[1])
+        for index, frame in _frames(edges, means):
+            result[:, index] = draw_points(frame, count).reshape(2 * count, -1)
+        return result
+
+    draws = _map_pairs(cells, loc, scale_tril, 2 * count, draw)
+    return draws.reshape(2, *sample_shape, *loc.shape[:-1]).movedim(0, -1)

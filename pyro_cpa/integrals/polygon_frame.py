@@ -11,13 +11,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_cpa.partition.cells import Polygons
 
 __all__ = ["WINDOW", "Edges", "Frame", "Sight", "edge_frame", "longest", "nearest_frame", "sight", "whiten"]
 
-WINDOW = 8.5  # beyond this distance from the nearest point lies less than 1e-15 of a cell's mass
+WINDOW = 8.2  # beyond this distance from the nearest point lies less than 1e-15 of a cell's mass
+_STEEP = 1e-15
 _THIN = 0.3  # widths below this share of the density's scale are taken from pairs of edges, not from vertices
 
 
@@ -40,9 +42,11 @@ class Edges(NamedTuple):
     c21: Tensor
     c22: Tensor
 
-    def at(self, index: Tensor) -> Edges:
-        """The columns ``index``: one per pair."""
-        return Edges(*(field.index_select(-1, index) for field in self))
+    def repeat(self, count: int) -> Edges:
+        """The same cells for several means, the cells running fastest."""
+        return Edges(
+            *(f.unsqueeze(-2).expand(*f.shape[:-1], count, -1).reshape(*f.shape[:-1], -1) for f in self)
+        )
 
 
 def whiten(cells: Polygons, scale_tril: Tensor) -> Edges:
@@ -185,8 +189,10 @@ def _frame(
 ) -> Frame:
     ex, ey, turn = axis
     fx, fy = -ey * turn, ex * turn
-    across = edges.ux * fx + edges.uy * fy
+    # Edges along the slicing direction but for rounding become steep lines that start and end at one place.
+    across = F.hardshrink(edges.ux * fx + edges.uy * fy, _STEEP)
     heading = -turn * across
+    across = across + (across == 0.0) * _STEEP
     shift = view.h * along - origin[0]
     return Frame(
         t0=origin[0],
@@ -194,8 +200,8 @@ def _frame(
         slack=slack,
         along=along,
         across=across,
-        tau_first=view.first * heading + shift,
-        tau_last=view.last * heading + shift,
+        tau_first=(view.first * heading).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf) + shift,
+        tau_last=(view.last * heading).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf) + shift,
         zx=reference[0],
         zy=reference[1],
         jxx=edges.c11 * ex,
@@ -230,4 +236,6 @@ def edge_frame(edges: Edges, view: Sight, at: Tensor) -> Frame:
     position = (coordinate - pick(view.base, at)) / stretch
     slack, rate, zx, zy = _slacks(edges, at, position)
     axis = (-uy * turn, ux * turn, turn)
-    return _frame(edges, view, axis, (coordinate.abs(), -pick(view.h, at)), (zx, zy), slack, rate * turn / stretch)
+    return _frame(
+        edges, view, axis, (coordinate.abs(), -pick(view.h, at)), (zx, zy), slack, rate * turn / stretch
+    )

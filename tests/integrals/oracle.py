@@ -53,7 +53,7 @@ def interval(lower, upper, mean, deviation):
 def _clip(points, normal, offset):
     """Sutherland-Hodgman: the part of a convex polygon with normal . y <= offset."""
     result = []
-    for (p, q) in zip(points, points[1:] + points[:1], strict=True):
+    for p, q in zip(points, points[1:] + points[:1], strict=True):
         p_slack = offset - normal[0] * p[0] - normal[1] * p[1]
         q_slack = offset - normal[0] * q[0] - normal[1] * q[1]
         if p_slack >= 0:
@@ -67,7 +67,7 @@ def _clip(points, normal, offset):
 def _nearest(points):
     """The point of a convex polygon nearest the origin."""
     best, inside = None, True
-    for (p, q) in zip(points, points[1:] + points[:1], strict=True):
+    for p, q in zip(points, points[1:] + points[:1], strict=True):
         dx, dy = q[0] - p[0], q[1] - p[1]
         length = dx * dx + dy * dy
         inside = inside and dx * p[1] - dy * p[0] <= 0
@@ -97,7 +97,10 @@ def polygon(half_planes, mean, scale_tril, size=1e6):
         axis = (y[0] / r, y[1] / r) if r > 0 else (mp.mpf("0.6"), mp.mpf("0.8"))
         window = 11
         for n, offset in (
-            (axis, (y[0] * axis[0] + y[1] * axis[1]) + window * window / (r + mp.sqrt(r * r + window * window))),
+            (
+                axis,
+                (y[0] * axis[0] + y[1] * axis[1]) + window * window / (r + mp.sqrt(r * r + window * window)),
+            ),
             ((-axis[0], -axis[1]), window),
             ((-axis[1], axis[0]), window),
             ((axis[1], -axis[0]), window),
@@ -124,7 +127,7 @@ def polygon(half_planes, mean, scale_tril, size=1e6):
 def _slices(points, r):
     """Integrals of 1, t - r, s, (t - r)^2, (t - r) s, s^2 under exp(-(t^2 + s^2 - r^2) / 2)."""
     chains = []
-    for (p, q) in zip(points, points[1:] + points[:1], strict=True):
+    for p, q in zip(points, points[1:] + points[:1], strict=True):
         if p[0] != q[0]:
             chains.append((min(p[0], q[0]), max(p[0], q[0]), p, (q[1] - p[1]) / (q[0] - p[0])))
     breaks = sorted({p[0] for p in points})
