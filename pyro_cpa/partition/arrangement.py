@@ -51,8 +51,8 @@ class Space(Arrangement):
     def cut(self, walls: Walls, check: Callable[[int], None]) -> Tensor:
         if len(walls):
             raise UnsupportedModule(
-                f"the decoder has several regions in a latent space of dimension {self.cells.dim}: exact cells "
-                "exist for L = 1 and L = 2. Use a smaller latent space, or a decoder that is affine."
+                f"the decoder has several regions in a latent space of dimension {self.cells.dim}: exact "
+                "cells exist for L = 1 and L = 2. Use a smaller latent space, or a decoder that is affine."
             )
         return torch.zeros(1, dtype=torch.long, device=walls.cell.device)
 
@@ -64,12 +64,8 @@ class Line(Arrangement):
     """The line, cut at points; cells are in ascending order and hold their upper ends."""
 
     def __init__(self, like: Tensor) -> None:
-        self._breaks = like.new_zeros(0)
-
-    @property
-    def cells(self) -> Intervals:  # type: ignore[override]
-        infinity = self._breaks.new_full((1,), torch.inf)
-        return Intervals(torch.cat([-infinity, self._breaks]), torch.cat([self._breaks, infinity]))
+        infinity = like.new_full((1,), torch.inf)
+        self.cells: Intervals = Intervals(-infinity, infinity)
 
     def cut(self, walls: Walls, check: Callable[[int], None]) -> Tensor:
         # Walls that cross a cell lie inside it, so that sorting all of them sorts them within the cells.
@@ -78,10 +74,11 @@ class Line(Arrangement):
         apart = torch.ones_like(order, dtype=torch.bool)
         apart[1:] = points.diff() > noise[1:] + noise[:-1]
         points = points[apart]
-        check(len(self._breaks) + len(points) + 1)
-        old = self._breaks
-        self._breaks = torch.cat([old, points]).sort().values
-        return torch.searchsorted(old, self.cells.upper)
+        old = self.cells.upper
+        check(len(old) + len(points))
+        upper = torch.cat([points, old]).sort().values
+        self.cells = Intervals(torch.cat([self.cells.lower[:1], upper[:-1]]), upper)
+        return torch.searchsorted(old, upper)
 
     def locate(self, z: Tensor) -> Tensor:
-        return torch.searchsorted(self._breaks, z[:, 0].contiguous())
+        return torch.searchsorted(self.cells.upper[:-1].contiguous(), z[:, 0].contiguous())

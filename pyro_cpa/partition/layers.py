@@ -43,7 +43,8 @@ class Dense:
         return rows @ self.weight.mT + constant[:, None] * self.bias
 
     def push_magnitude(self, magnitude: Tensor, rows: Tensor, pattern: Tensor | None) -> Tensor:
-        size = torch.stack([torch.linalg.vector_norm(rows[:, :-1], dim=1), rows[:, -1].abs()], dim=1)
+        size = rows.abs()
+        size = torch.stack([size[:, :-1].sum(1), size[:, -1]], dim=1)
         constant = torch.tensor([[0.0], [1.0]], dtype=rows.dtype, device=rows.device)
         return (magnitude + size) @ self.weight.abs().mT + constant * self.bias.abs()
 

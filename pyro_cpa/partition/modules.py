@@ -113,8 +113,11 @@ _REPLACEMENTS = {
 
 
 def refuse(place: str, name: str, reason: str | None = None) -> UnsupportedModule:
-    """The error for a module that is not understood: its place, its name, and what to use instead."""
+    """The error for a module or function that is not understood: place, name, and what to use instead."""
     if reason is None:
         supported = ", ".join(sorted(cls.__name__ for cls in (*READERS, *IDENTITIES[:2])))
-        reason = _REPLACEMENTS.get(name, f"it is not known to be piecewise affine; supported are {supported}")
+        unknown = f"it is not known to be piecewise affine; supported are {supported}"
+        # torch.tanh is refused as nn.Tanh is.
+        plain = name.lower().replace("_", "")
+        reason = next((r for key, r in _REPLACEMENTS.items() if key.lower() == plain), unknown)
     return UnsupportedModule(f"{place}: {name} cannot be part of an exact decoder: {reason}.")

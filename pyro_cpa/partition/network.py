@@ -4,38 +4,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from ..errors import InvalidData, UnsupportedModule
 from .layers import Dense, Layer
-from .modules import IDENTITIES, READERS, refuse
+from .modules import READERS, refuse
+from .reading import Link, chain
 
 __all__ = ["Network"]
-
-
-@dataclass(frozen=True)
-class _Link:
-    """One module of the chain: where it is, and the class whose reader understands it."""
-
-    place: str
-    module: nn.Module
-    kind: type[nn.Module]
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.kind.__name__}"
 
 
 class Network:
     """The chain of layers of a piecewise-affine ``torch.nn.Module``, bound to its live parameters.
 
     Args:
-        decoder: module R^L -> R^D made of ``nn.Sequential`` (nested at will) of ``nn.Linear``, ``nn.ReLU``,
-            ``nn.LeakyReLU``, ``nn.PReLU``, ``nn.Hardtanh``, ``nn.ReLU6``, ``nn.Hardsigmoid``, ``Abs``,
-            ``nn.Identity``, and ``nn.Dropout`` and ``nn.BatchNorm1d`` in evaluation mode.
+        decoder: module R^L -> R^D made of ``nn.Linear``, ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.PReLU``,
+            ``nn.Hardtanh``, ``nn.ReLU6``, ``nn.Hardsigmoid``, ``Abs``, ``nn.Identity``, and ``nn.Dropout`` and
+            ``nn.BatchNorm1d`` in evaluation mode; within ``nn.Sequential``, nested at will, or within modules
+            whose ``forward`` calls them (or ``torch.relu``, ``torch.abs``, ...) one after the other.
         latent_dim: L, where no layer of the decoder tells it.
 
     Raises:
@@ -49,7 +36,7 @@ class Network:
 
     def __init__(self, decoder: nn.Module, latent_dim: int | None = None) -> None:
         self.decoder = decoder
-        self._links = tuple(_walk(decoder, "decoder"))
+        self._links = tuple(chain(decoder, "decoder"))
         tensors = [*decoder.parameters(), *decoder.buffers()]
         self._like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
         layers = self.layers()
@@ -68,6 +55,11 @@ class Network:
     def linears(self) -> tuple[nn.Linear, ...]:
         """The ``nn.Linear`` modules, in order."""
         return tuple(link.module for link in self._links if isinstance(link.module, nn.Linear))
+
+    @property
+    def ends_linear(self) -> bool:
+        """Whether the last module is an ``nn.Linear``, so that all affine maps share it."""
+        return bool(self._links) and isinstance(self._links[-1].module, nn.Linear)
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -118,24 +110,7 @@ class Network:
         return first, width
 
 
-def _walk(module: nn.Module, place: str) -> Iterator[_Link]:
-    """The chain of supported modules inside ``module``."""
-    forward = type(module).forward
-    kind = next((cls for cls in READERS if isinstance(module, cls) and forward is cls.forward), None)
-    if kind is not None:
-        yield _Link(place, module, type(module) if type(module) in READERS else kind)
-    elif isinstance(module, IDENTITIES):
-        if module.training and getattr(module, "p", 0) > 0:
-            reason = "in training mode it is random; call decoder.eval()"
-            raise refuse(place, type(module).__name__, reason)
-    elif isinstance(module, nn.Sequential) and forward is nn.Sequential.forward:
-        for name, child in module._modules.items():  # named_children would drop repeats
-            yield from _walk(child, f"{place}.{name}")
-    else:
-        raise refuse(place, type(module).__name__)
-
-
-def _not_finite(link: _Link) -> str:
+def _not_finite(link: Link) -> str:
     tensors = (*link.module.named_parameters(), *link.module.named_buffers())
     names = [name for name, t in tensors if not bool(torch.isfinite(t).all())]
     what = " and ".join(f"{link.place}.{name}" for name in names) or f"the value of {link}"

@@ -8,69 +8,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .arrangement import Arrangement
-from .cells import Polygons
+from .polygons import Polygons, halves
 from .walls import Walls
 
-__all__ = ["Plane", "halves"]
-
-
-def halves(cells: Polygons, walls: Walls) -> tuple[Polygons, Polygons]:
-    """Both parts of each cell: ``normal . z <= offset`` and the rest. Wall p crosses cell p.
-
-    Every edge is clipped by the wall along its own line, and the new edge is what the other edges leave of
-    the wall: no corner is ever computed from another corner, and unbounded edges need no special case.
-    """
-    normal, offset = walls.normal[:, None], walls.offset[:, None]
-    is_edge, c = cells.is_edge, torch.where(cells.is_edge, cells.offsets, 0.0)
-    # On edge e the wall is where  s slope = gap;  on the wall edge e is where  -s slope = room.
-    slope = (cells.tangents * normal).sum(-1)
-    cosine = (cells.normals * normal).sum(-1)
-    gap, room = offset - c * cosine, c - offset * cosine
-    parallel = slope.abs() <= 2 * walls.tilt[:, None]
-    crossing = torch.where(parallel, torch.where(gap >= 0, torch.inf, -torch.inf), gap / slope)
-    rising = parallel | (slope > 0)
-    below_starts = torch.where(rising, cells.starts, torch.maximum(cells.starts, crossing))
-    below_ends = torch.where(rising, torch.minimum(cells.ends, crossing), cells.ends)
-    above_starts = torch.where(rising, torch.maximum(cells.starts, crossing), cells.starts)
-    above_ends = torch.where(rising, cells.ends, torch.minimum(cells.ends, crossing))
-    limits = is_edge & ~parallel
-    meets = -room / slope
-    # A column without limit, for cells without edges.
-    high = pad(torch.where(limits & (slope < 0), meets, torch.inf), (0, 1), value=torch.inf).amin(1)
-    low = pad(torch.where(limits & (slope > 0), meets, -torch.inf), (0, 1), value=-torch.inf).amax(1)
-    below = _with_edge(cells, is_edge, below_starts, below_ends, walls.normal, walls.offset, low, high)
-    above = _with_edge(cells, is_edge, above_starts, above_ends, -walls.normal, -walls.offset, -high, -low)
-    return below, above
-
-
-def _with_edge(
-    cells: Polygons,
-    is_edge: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    normal: Tensor,
-    offset: Tensor,
-    start: Tensor,
-    end: Tensor,
-) -> Polygons:
-    """The cells with clipped edges and one new edge each; empty edges go, padding moves to the end."""
-    starts = torch.cat([starts, start[:, None]], dim=1)
-    ends = torch.cat([ends, end[:, None]], dim=1)
-    keep = (starts < ends) & pad(is_edge, (0, 1), value=True)
-    edges = int(keep.sum(1).max()) if len(keep) else 0
-    order = keep.int().argsort(dim=1, descending=True, stable=True)[:, :edges]
-    keep = keep.gather(1, order)
-    normals = torch.cat([cells.normals, normal[:, None]], dim=1).gather(1, order[..., None].expand(-1, -1, 2))
-    offsets = torch.cat([cells.offsets, offset[:, None]], dim=1).gather(1, order)
-    return Polygons(
-        torch.where(keep[..., None], normals, 0.0),
-        torch.where(keep, offsets, torch.inf),
-        torch.where(keep, starts.gather(1, order), 0.0),
-        torch.where(keep, ends.gather(1, order), 0.0),
-    )
+__all__ = ["Plane"]
 
 
 class Plane(Arrangement):

@@ -9,18 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidData, RegionBudgetExceeded
-from .arrangement import Arrangement, Line, Space
+from ..errors import InvalidData
+from .arrangement import Arrangement
 from .cells import Cells, WholeSpace
-from .layers import Dense, Elementwise, Layer, homogeneous_basis, pull, push, push_magnitude
+from .layers import Dense, Layer, homogeneous_basis, pull, push
+from .layerwise import cut_layer_by_layer
 from .network import Network
-from .plane import Plane
-from .walls import Walls, crossing_walls
 
 __all__ = ["Partition", "enumerate_regions"]
-
-_CHUNK_BYTES = 2**26
-"""Temporaries of one step over cells; larger ones fall out of the cache, smaller ones pay for more calls."""
 
 
 class Partition:
@@ -201,64 +197,17 @@ def enumerate_regions(
         >>> decoder = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1, bias=False))
         >>> with torch.no_grad():
         ...     _ = decoder[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
-        ...     _ = decoder[0].bias.copy_(torch.tensor([0.0, 1.0]))
+        ...     _ = decoder[0].bias.copy_(torch.tensor([-1.0, 2.0]))
         >>> part = enumerate_regions(decoder)
         >>> part.num_regions
         3
         >>> part.cells.upper
-        tensor([0., 1., inf], dtype=torch.float64)
-        >>> part.locate(torch.tensor([[-5.0], [0.5], [9.0]]))
+        tensor([1., 2., inf], dtype=torch.float64)
+        >>> part.locate(torch.tensor([[-5.0], [1.5], [9.0]]))
         tensor([0, 1, 2])
     """
     network = decoder if isinstance(decoder, Network) else Network(decoder, latent_dim)
     with torch.no_grad():
         layers = network.snapshot()
-        arrangement, patterns = _cut_layer_by_layer(network, layers, max_regions)
+        arrangement, patterns = cut_layer_by_layer(network, layers, max_regions)
     return Partition(network, layers, arrangement, patterns)
-
-
-def _cut_layer_by_layer(
-    network: Network, layers: tuple[Layer, ...], max_regions: int
-) -> tuple[Arrangement, tuple[Tensor, ...]]:
-    L = network.latent_dim
-    like = torch.empty(0, dtype=torch.float64, device=network.device)
-    arrangement: Arrangement = Line(like) if L == 1 else Plane(like) if L == 2 else Space(L)
-    basis = homogeneous_basis(L, like)
-    patterns: list[Tensor] = []
-    for index, layer in enumerate(layers):
-        if not isinstance(layer, Elementwise) or not layer.switches:
-            continue
-
-        def check(count: int, place: str = network.places[index]) -> None:
-            if count > max_regions:
-                raise RegionBudgetExceeded(
-                    f"the decoder has more than max_regions={max_regions} regions: {count} reached at {place}. "
-                    "Raise max_regions, or use fewer units or layers."
-                )
-
-        before, walls = layers[:index], []
-        generators = arrangement.cells.generators().to(like.device)
-        for rows in _chunks(len(generators), generators.shape[1], before):
-            maps, magnitude = push_magnitude(before, [p[rows] for p in patterns], *basis)
-            if not bool(torch.isfinite(maps).all()):
-                raise InvalidData(f"the input of {network.places[index]} overflows: scale the weights down.")
-            found = crossing_walls(generators[rows], maps, magnitude, layer)
-            walls.append(found.of(found.cell + rows.start))
-        parents = arrangement.cut(Walls.cat(walls), check)
-        patterns = [p[parents] for p in patterns]
-        points = arrangement.cells.interior_points().to(like.device)[:, None]
-        segments = []
-        for rows in _chunks(len(points), 1, before):
-            values = push(
-                before, [p[rows] for p in patterns], points[rows], torch.ones_like(like.new_empty(1))
-            )
-            segments.append(layer.segments(values[:, 0]))
-        patterns.append(torch.cat(segments))
-    return arrangement, tuple(patterns)
-
-
-def _chunks(count: int, rows: int, layers: tuple[Layer, ...]) -> list[slice]:
-    """Slices of cells whose temporaries, ``rows`` numbers for every unit of a layer, stay small."""
-    width = max((layer.weight.shape[0] for layer in layers if isinstance(layer, Dense)), default=1)
-    size = max(1, _CHUNK_BYTES // (8 * width * (rows + 8)))
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -67,7 +67,7 @@ class Walls:
         """
         plane = torch.cat([self.normal, -self.offset[:, None]], dim=1)
         depth = (generators @ plane[..., None])[..., 0]
-        reach = torch.linalg.vector_norm(generators[..., :-1], dim=-1)
+        reach = generators[..., :-1].abs().sum(-1)
         noise = self.tilt[:, None] * reach + self.shift[:, None] * generators[..., -1]
         return (depth > noise).any(1) & (depth < -noise).any(1)
 
@@ -81,23 +81,22 @@ def crossing_walls(generators: Tensor, maps: Tensor, magnitude: Tensor, layer: E
         magnitude: (R, 2, H) what was added up to compute them.
         layer: the units.
     """
-    values = generators @ maps
     found = []
     for knot, bends in zip(layer.knots, layer.bends, strict=True):
         # knot is (H,) or (1,): where a unit changes its slope.
-        level = generators[..., -1:] * knot
-        mixed = ((values > level).any(1) & (values < level).any(1) & bends).nonzero()
+        above_knot = torch.cat([maps[:, :-1], maps[:, -1:] - knot], dim=1)
+        values = generators @ above_knot
+        mixed = ((values.amax(1) > 0) & (values.amin(1) < 0) & bends).nonzero()
         cell, unit = mixed[:, 0], mixed[:, 1]
-        plane = maps[cell, :, unit]
-        at = knot.expand(maps.shape[-1])[unit]
+        plane = above_knot[cell, :, unit]
         size = torch.linalg.vector_norm(plane[:, :-1], dim=1)
         tilt, shift = NOISE * magnitude[cell, :, unit].mT / size
         walls = Walls(
             cell=cell,
             normal=plane[:, :-1] / size[:, None],
-            offset=(at - plane[:, -1]) / size,
+            offset=-plane[:, -1] / size,
             tilt=tilt,
-            shift=shift + NOISE * at.abs() / size,
+            shift=shift + NOISE * knot.expand(maps.shape[-1])[unit].abs() / size,
         )
         # A wall whose offset overflows lies outside every number that a float can hold.
         found.append(walls[torch.isfinite(walls.offset) & walls.cross(generators[cell])])

@@ -1,0 +1,60 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""What every batch of convex cells can do, whatever its dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InvalidData
+
+__all__ = ["Bound", "Cells"]
+
+Bound = float | Sequence[float]
+
+
+class Cells:
+    """A batch of R convex cells of R^L (base class; ``len(cells)`` is R, ``cells[index]`` a sub-batch)."""
+
+    dim: int
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: Tensor) -> Cells:
+        raise NotImplementedError
+
+    def generators(self) -> Tensor:
+        """Homogeneous points (R, G, L + 1) whose non-negative combinations are the closed cells.
+
+        A row ``(w v, w)`` with w > 0 is the point v, weighted by w = 1 / (1 + |v|); a row ``(u, 0)`` is
+        the direction u in which the cell is unbounded; a row of zeros is padding.
+        """
+        raise NotImplementedError
+
+    def interior_points(self) -> Tensor:
+        """A finite point (R, L) in the interior of each cell, slivers and unbounded cells included.
+
+        It is the sum of the generators. Their weights keep it near the nearest corners, and the depth
+        behind any wall, relative to rounding at that point, is at least the deepest corner's divided by
+        the number of corners.
+        """
+        total = self.generators().sum(1)
+        weight = total[:, -1:]
+        return torch.where(weight > 0, total[:, :-1] / torch.where(weight > 0, weight, 1.0), 0.0)
+
+    def clip_to_box(self, low: Bound, high: Bound) -> list[np.ndarray]:
+        """Corners of each cell within a box, for drawing.
+
+        Args:
+            low: lower end of the box, one number or one for each coordinate.
+            high: upper end.
+
+        Returns:
+            For each cell its V corners (V, L), counter-clockwise for L = 2; V = 0 for a cell outside the box.
+        """
+        raise InvalidData(f"cells can be drawn in one or two dimensions, but these have {self.dim}.")

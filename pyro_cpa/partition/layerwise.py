@@ -1,0 +1,98 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""The enumeration itself: cells are cut layer by layer, at the walls of each layer's units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidData, RegionBudgetExceeded
+from .arrangement import Arrangement, Line, Space
+from .layers import Dense, Elementwise, Layer, homogeneous_basis, push, push_magnitude
+from .network import Network
+from .plane import Plane
+from .walls import Walls, crossing_walls
+
+__all__ = ["cut_layer_by_layer"]
+
+CHUNK_BYTES = 2**24
+"""Temporaries of one step over cells: more falls out of the cache, less pays for more calls (measured flat
+2**22-2**25)."""
+
+
+def cut_layer_by_layer(
+    network: Network, layers: Sequence[Layer], max_regions: int
+) -> tuple[Arrangement, tuple[Tensor, ...]]:
+    """Cells of the network, and the segment (R, H) on which every unit of each activation layer is.
+
+    Only cells and patterns are kept from layer to layer; affine maps are recomputed, chunk by chunk.
+    """
+    L = network.latent_dim
+    like = torch.empty(0, dtype=torch.float64, device=network.device)
+    arrangement: Arrangement = Line(like) if L == 1 else Plane(like) if L == 2 else Space(L)
+    patterns: list[Tensor] = []
+    for index, layer in enumerate(layers):
+        if isinstance(layer, Elementwise) and layer.switches:
+            place, before = network.places[index], layers[:index]
+            walls = _crossing(arrangement, before, patterns, layer, like, place)
+
+            def check(count: int, place: str = place) -> None:
+                if count > max_regions:
+                    raise RegionBudgetExceeded(
+                        f"the decoder has more regions than max_regions={max_regions}: {count} reached at "
+                        f"{place}. Raise max_regions, or use fewer units or layers."
+                    )
+
+            parents = arrangement.cut(walls, check)
+            patterns = [pattern[parents] for pattern in patterns]
+            patterns.append(_segments(arrangement, before, patterns, layer, like))
+    return arrangement, tuple(patterns)
+
+
+def _crossing(
+    arrangement: Arrangement,
+    before: Sequence[Layer],
+    patterns: Sequence[Tensor],
+    layer: Elementwise,
+    like: Tensor,
+    place: str,
+) -> Walls:
+    """The walls of ``layer`` that cross cells."""
+    basis = homogeneous_basis(arrangement.cells.dim, like)
+    generators = arrangement.cells.generators().to(like.device)
+    walls = []
+    for rows in _chunks(len(generators), generators.shape[1], before):
+        maps, magnitude = push_magnitude(before, [pattern[rows] for pattern in patterns], *basis)
+        if not bool(torch.isfinite(maps).all()):
+            raise InvalidData(f"{place}: its input overflows float64. Scale the weights of the decoder down.")
+        found = crossing_walls(generators[rows], maps, magnitude, layer)
+        walls.append(found.of(found.cell + rows.start))
+    return Walls.cat(walls)
+
+
+def _segments(
+    arrangement: Arrangement,
+    before: Sequence[Layer],
+    patterns: Sequence[Tensor],
+    layer: Elementwise,
+    like: Tensor,
+) -> Tensor:
+    """The segment (R, H) int8 of every unit of ``layer`` on each cell, read at an interior point."""
+    points = arrangement.cells.interior_points().to(like.device)[:, None]
+    one = like.new_ones(1)
+    segments = []
+    for rows in _chunks(len(points), 1, before):
+        values = push(before, [pattern[rows] for pattern in patterns], points[rows], one)
+        segments.append(layer.segments(values[:, 0]))
+    return torch.cat(segments)
+
+
+def _chunks(count: int, rows: int, layers: Sequence[Layer]) -> Iterator[slice]:
+    """Slices of cells whose temporaries, ``rows`` numbers for every unit of a layer, stay small."""
+    width = max((layer.weight.shape[0] for layer in layers if isinstance(layer, Dense)), default=1)
+    size = max(1, CHUNK_BYTES // (8 * width * (rows + 8)))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
