@@ -20,7 +20,10 @@ from .autoguide import AutoCPAPosterior
 from .parameters import trainable
 from .structure import ExactProblem
 
-__all__ = ["AbstractExactFit", "StepRecord", "lbfgs_round"]
+__all__ = ["AbstractExactFit", "LBFGSRound", "StepRecord"]
+
+# Pairs of steps and gradient changes that L-BFGS keeps: on kinked objectives, more of them pay.
+HISTORY = 50
 
 
 @dataclass(frozen=True)
@@ -128,38 +131,60 @@ class AbstractExactFit(SVI):
         return 0.5 * self.ridge * torch.stack(squares).sum() if self.ridge else torch.zeros(())
 
 
-def lbfgs_round(
-    fit: AbstractExactFit, optimizer: torch.optim.LBFGS, *args: Any, **kwargs: Any
-) -> tuple[float, float]:
-    """Run one ``optimizer.step`` on the exact evidence per datum; the summed evidence before, and the objective after.
+class LBFGSRound:
+    """Rounds of L-BFGS on the exact evidence per datum, from wherever the parameters are.
 
-    The parameters of the best evaluation are kept: a line search that ends on a worse point cannot undo progress.
+    Args:
+        fit: whose evidence, penalty and parameters are meant.
+        iterations: of one round.
     """
-    parameters = optimizer.param_groups[0]["params"]
-    best: tuple[float, list[Tensor]] = (torch.inf, [])
-    first: list[float] = []
 
-    def closure() -> Tensor:
-        nonlocal best
-        optimizer.zero_grad()
-        log_evidence = fit.guide.log_evidence(*args, **kwargs).double().sum()
-        loss = (fit._penalty() - log_evidence) / max(1, fit._rows)
-        loss.backward()
-        value = loss.item()
-        if not first:
-            first.append(log_evidence.item())
-        if value < best[0]:
-            best = (value, [p.detach().clone() for p in parameters])
-        return loss.detach()
+    def __init__(self, fit: AbstractExactFit, iterations: int) -> None:
+        self.fit, self.iterations = fit, iterations
+        self._optimizer: torch.optim.LBFGS | None = None
 
-    optimizer.step(closure)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, best[1], strict=True):
-            parameter.copy_(value)
-    optimizer.zero_grad()
-    return first[0], -best[0] * max(1, fit._rows)
+    def forget(self) -> None:
+        """Drop the curvature gathered so far, which misleads once something else has moved the parameters."""
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[float, float]:
+        """One round; returns the summed evidence before it and after it.
 
-def leaves(fit: AbstractExactFit, *args: Any, **kwargs: Any) -> list[Tensor]:
-    """The tensors that exact maximum likelihood moves."""
-    return trainable(fit._problem(*args, **kwargs), fit.guide.decoder)
+        The parameters of the best evaluation are kept: a line search that ends on a worse point cannot undo progress.
+        """
+        fit = self.fit
+        if self._optimizer is None:
+            self._optimizer = torch.optim.LBFGS(
+                trainable(fit._problem(*args, **kwargs), fit.guide.decoder),
+                max_iter=self.iterations,
+                history_size=HISTORY,
+                tolerance_grad=1e-9,
+                tolerance_change=1e-12,
+                line_search_fn="strong_wolfe",
+            )
+        optimizer, parameters = self._optimizer, self._optimizer.param_groups[0]["params"]
+        rows = max(1, fit._rows)
+        evaluated: list[float] = []
+        best_loss, best_evidence, best = torch.inf, -torch.inf, [p.detach().clone() for p in parameters]
+
+        def closure() -> Tensor:
+            nonlocal best_loss, best_evidence, best
+            optimizer.zero_grad()
+            log_evidence = fit.guide.log_evidence(*args, **kwargs).double().sum()
+            loss = (fit._penalty() - log_evidence) / rows
+            loss.backward()
+            evaluated.append(log_evidence.item())
+            if loss.item() < best_loss:
+                best_loss, best_evidence = loss.item(), evaluated[-1]
+                best = [p.detach().clone() for p in parameters]
+            return loss.detach()
+
+        try:
+            optimizer.step(closure)
+        finally:
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for parameter, value in zip(parameters, best, strict=True):
+                    parameter.copy_(value)
+        return evaluated[0], best_evidence

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from ..errors import UnsupportedModel
 from .autoguide import AutoCPAPosterior
-from .exact_fit import AbstractExactFit, StepRecord, lbfgs_round, leaves
+from .em import EM
+from .exact_fit import AbstractExactFit, LBFGSRound, StepRecord
+from .parameters import noise_parameter
 
 __all__ = ["ExactML"]
 
@@ -19,12 +22,15 @@ __all__ = ["ExactML"]
 class ExactML(AbstractExactFit):
     r"""Climb the exact :math:`\log p(X)` by L-BFGS with its exact gradient (Fisher's identity).
 
+    A few EM sweeps come first: they bring a decoder into the reach of its data, from where L-BFGS finds better optima and
+    finds them sooner.
+
     Args:
         model: a Pyro model that :class:`AutoCPAPosterior` accepts; all of its parameters are trained.
         guide: its :class:`AutoCPAPosterior`.
-        ridge: precision of a Gaussian prior on the decoder's weights.
+        ridge: precision of a Gaussian prior on the decoder's weights (biases are free).
         iterations_per_step: L-BFGS iterations of one :meth:`step`.
-        history_size: of L-BFGS.
+        warm_start: number of steps at the beginning that are sweeps of :class:`EM`.
 
     Note:
         Each iteration costs about one E-step with gradients. The evidence never falls between steps. Walls between
@@ -52,31 +58,37 @@ class ExactML(AbstractExactFit):
         guide: AutoCPAPosterior,
         *,
         ridge: float = 0.0,
-        iterations_per_step: int = 10,
-        history_size: int = 20,
+        iterations_per_step: int = 20,
+        warm_start: int = 10,
     ) -> None:
         super().__init__(model, guide, ridge=ridge)
-        self.iterations_per_step = iterations_per_step
-        self.history_size = history_size
-        self._optimizer: torch.optim.LBFGS | None = None
+        self.warm_start = warm_start
+        self._round = LBFGSRound(self, iterations_per_step)
+        self._sweeps: EM | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One round of L-BFGS iterations; returns the exact -log p(x) before it, summed over the data."""
+        """One EM sweep or one round of L-BFGS; returns the exact -log p(x) before it, summed over the data."""
+        if len(self.history) < self.warm_start:
+            if self._sweeps is None:
+                self._sweeps = self._warm_start(*args, **kwargs)
+            loss = self._sweeps.step(*args, **kwargs)
+            self._rows = self._sweeps._rows
+            self.history.append(self._sweeps.history[-1])
+            return loss
         start = time.perf_counter()
-        if self._optimizer is None:
-            self._optimizer = torch.optim.LBFGS(
-                leaves(self, *args, **kwargs),
-                max_iter=self.iterations_per_step,
-                history_size=self.history_size,
-                tolerance_grad=1e-9,
-                tolerance_change=1e-12,
-                line_search_fn="strong_wolfe",
-            )
         with torch.no_grad():
             penalty = self._penalty().item()
-        before, objective = lbfgs_round(self, self._optimizer, *args, **kwargs)
+        before, log_evidence = self._round(*args, **kwargs)
         with torch.no_grad():
-            log_evidence = objective + self._penalty().item()
+            objective = log_evidence - self._penalty().item()
         gain = objective - (before - penalty)
         self.history.append(StepRecord(log_evidence, objective, gain, time.perf_counter() - start))
         return -before
+
+    def _warm_start(self, *args: Any, **kwargs: Any) -> EM:
+        try:
+            noise_parameter(self._problem(*args, **kwargs), self.model, self.guide.decoder)
+        except UnsupportedModel:
+            # Noise that is a function of parameters is beyond an M-step, and left to L-BFGS.
+            return EM(self.model, self.guide, ridge=self.ridge, blocks=("output", "hidden"))
+        return EM(self.model, self.guide, ridge=self.ridge)

@@ -16,7 +16,11 @@ from pyro_cpa.infer import AutoCPAPosterior
 
 
 def exact_nll(model, x):
-    noise = {"scale": model.noise} if model.noise.dim() < 2 else {"covariance_matrix": model.noise @ model.noise.mT}
+    noise = (
+        {"scale": model.noise}
+        if model.noise.dim() < 2
+        else {"covariance_matrix": model.noise @ model.noise.mT}
+    )
     return -CPAMarginal(model.decoder, **noise).log_prob(x)
 
 
@@ -78,7 +82,9 @@ def test_parameters_in_the_store_and_float_noise():
 
     x = circle(5)
     guide = AutoCPAPosterior(model, decoder=decoder)
-    expected = CPAMarginal(decoder, 0.4, loc=torch.tensor([0.3]), prior_covariance=torch.tensor([[1.7]])).log_prob(x)
+    expected = CPAMarginal(
+        decoder, 0.4, loc=torch.tensor([0.3]), prior_covariance=torch.tensor([[1.7]])
+    ).log_prob(x)
     torch.testing.assert_close(guide.log_evidence(x), expected, rtol=1e-12, atol=1e-12)
     (gradient,) = torch.autograd.grad(guide.log_evidence(x).sum(), pyro.param("sigma").unconstrained())
     assert gradient != 0
@@ -89,7 +95,9 @@ def test_parameters_in_the_store_and_float_noise():
             pyro.sample("x", dist.Normal(decoder(z), 0.4).to_event(1), obs=x)
 
     guide = AutoCPAPosterior(fixed, decoder=decoder)
-    torch.testing.assert_close(guide.log_evidence(x), CPAMarginal(decoder, 0.4).log_prob(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        guide.log_evidence(x), CPAMarginal(decoder, 0.4).log_prob(x), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_subsampled_plates_agree_with_the_model():
@@ -112,7 +120,9 @@ def test_subsampled_plates_agree_with_the_model():
 
     model.subsample_size = 5
     guide = AutoCPAPosterior(model, decoder=model.decoder, create_plates=plates)
-    torch.testing.assert_close(Trace_ELBO().loss(model, guide, x), 8 * nll[:5].sum().item(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        Trace_ELBO().loss(model, guide, x), 8 * nll[:5].sum().item(), rtol=1e-10, atol=1e-10
+    )
 
 
 def masked_model(decoder, kind):

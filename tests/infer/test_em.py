@@ -40,7 +40,11 @@ def test_never_falls(noise, sizes, holes):
     assert all(b <= a + 1e-9 * abs(a) for a, b in zip(losses, losses[1:]))
     assert losses[-1] < losses[0] - 5
     assert [-r.log_evidence for r in em.history] == pytest.approx(losses[1:], rel=1e-12)
-    noise = {"scale": model.noise} if model.noise.dim() < 2 else {"covariance_matrix": model.noise @ model.noise.mT}
+    noise = (
+        {"scale": model.noise}
+        if model.noise.dim() < 2
+        else {"covariance_matrix": model.noise @ model.noise.mT}
+    )
     expected = -CPAMarginal(model.decoder, **noise).log_prob(x).sum().item()
     assert em.evaluate_loss(x) == pytest.approx(expected, rel=1e-12)
 
@@ -103,7 +107,9 @@ def test_prior_block_and_parameters_in_the_store():
     expected = (spread + (mean - mean.mean(0))[:, :, None] * (mean - mean.mean(0))[:, None]).mean(0)
     em.step(x)
     torch.testing.assert_close(pyro.param("loc").detach(), mean.mean(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close((pyro.param("tril") @ pyro.param("tril").mT).detach(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        (pyro.param("tril") @ pyro.param("tril").mT).detach(), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -113,7 +119,9 @@ def test_ridge_is_monotone_in_the_penalised_objective_and_its_optimum(noise):
     em = fit_of(model, ridge=3.0)
     em.run(x, num_steps=8, progress=False, tol=0.0)
     assert all(r.gain >= -1e-9 * abs(r.objective) for r in em.history)
-    penalty = 1.5 * sum(layer.weight.square().sum() for layer in model.decoder if isinstance(layer, nn.Linear))
+    penalty = 1.5 * sum(
+        layer.weight.square().sum() for layer in model.decoder if isinstance(layer, nn.Linear)
+    )
     assert em.history[-1].objective == pytest.approx(em.history[-1].log_evidence - penalty.item(), rel=1e-10)
     # At the optimum of the last layer the gradient of the penalised expected loss vanishes.
     for _ in range(200):
@@ -130,7 +138,9 @@ def test_hidden_block_minimises_the_frozen_surrogate(bias, ridge):
     from pyro_cpa.distributions.fisher import expected_statistics
 
     torch.manual_seed(0)
-    decoder = nn.Sequential(nn.Linear(1, 4, bias), nn.LeakyReLU(0.2), nn.Linear(4, 3), nn.LeakyReLU(0.2), nn.Linear(3, 2))
+    decoder = nn.Sequential(
+        nn.Linear(1, 4, bias), nn.LeakyReLU(0.2), nn.Linear(4, 3), nn.LeakyReLU(0.2), nn.Linear(3, 2)
+    )
     px = CPAMarginal(decoder, torch.tensor([0.3, 0.5]))
     x = torch.randn(40, 2)
     _, statistics = expected_statistics(px.joint, x)
@@ -207,7 +217,7 @@ def published(start):
     sizes = [weights[0].shape[1]] + [w.shape[0] for w in weights]
     model = Exact(*sizes, noise=float(np.asarray(start["init_var_x"]).reshape(-1)[0]) ** 0.5)
     for layer, w, v in zip(model.decoder[::2], weights, biases, strict=True):
-        layer.weight.data, layer.bias.data = torch.as_tensor(w).double(), torch.as_tensor(v).double()
+        layer.weight.data, layer.bias.data = torch.tensor(w), torch.tensor(v)
     return model
 
 
