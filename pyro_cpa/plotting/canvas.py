@@ -10,6 +10,7 @@ from ..errors import CPAError, InvalidData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = [
     "COLORS",
@@ -19,6 +20,7 @@ __all__ = [
     "frame_latent",
     "latent_name",
     "new_axes",
+    "new_figure",
     "square",
 ]
 
@@ -32,21 +34,24 @@ LINES = ("-", "--", "-.", ":")
 """Line styles that go with the colours, for paper without colour."""
 
 
-def new_axes(ax: Axes | None) -> Axes:
-    """``ax``, or the axes of a new figure that no window shows.
+def new_figure(width: float = 6.0, height: float = 4.5) -> Figure:
+    """An empty figure of so many inches that no window shows.
 
     Raises:
         CPAError: matplotlib is not installed.
     """
-    if ax is not None:
-        return ax
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise CPAError(
             "pictures need matplotlib, which is not installed: pip install pyro-cpa[plot]"
         ) from None
-    return Figure(figsize=(6.0, 4.5), layout="constrained").add_subplot()
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def new_axes(ax: Axes | None) -> Axes:
+    """``ax``, or the axes of a new figure."""
+    return new_figure().add_subplot() if ax is None else ax
 
 
 def check_latent_dim(latent_dim: int, what: str) -> None:

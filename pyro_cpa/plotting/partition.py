@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InvalidData
-from ..partition import Cells, Intervals, Partition, Polygons
+from ..partition import Partition
 from .canvas import Bounds, check_latent_dim, frame_latent, new_axes, square
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["clipped_polygons", "plot_partition"]
+__all__ = ["plot_partition"]
 
 # Turning the colour circle by the golden ratio keeps consecutive cells, often neighbours, far apart in hue.
 GOLDEN = 0.6180339887498949
@@ -61,7 +61,7 @@ def plot_partition(
     check_latent_dim(L, "the partition")
     box = square(bounds, L)
     ax = new_axes(ax)
-    shapes = clipped_polygons(partition.cells, box)
+    shapes = partition.cells.clip_to_box(*zip(*box, strict=True))
     shown = np.array([len(shape) > 0 for shape in shapes])
     if values is None:
         colors = np.array([colorsys.hls_to_rgb((GOLDEN * r) % 1.0, 0.88, 0.5) for r in range(R)])
@@ -85,52 +85,6 @@ def plot_partition(
     count = int(shown.sum())
     ax.set_title(f"{R} regions" if count == R else f"{count} of {R} regions in view")
     return ax
-
-
-def clipped_polygons(cells: Cells, box: Bounds) -> list[np.ndarray]:
-    """Corners (K, L) of every cell within the box, counter-clockwise; (0, L) where it lies outside.
-
-    Args:
-        cells: R cells of the line or of the plane; unbounded ones are cut at the box.
-        box: (low, high) of each coordinate.
-    """
-    if len(box) == 1:
-        (low, high) = box[0]
-        lowers, uppers = (
-            (cells.lower.cpu().numpy(), cells.upper.cpu().numpy())
-            if isinstance(cells, Intervals)
-            else (np.array([-np.inf]), np.array([np.inf]))
-        )
-        ends = np.stack([np.maximum(lowers, low), np.minimum(uppers, high)], axis=1)[..., None]
-        return [pair if pair[0, 0] < pair[1, 0] else pair[:0] for pair in ends]
-    (left, right), (bottom, top) = box
-    window = np.array([[left, bottom], [right, bottom], [right, top], [left, top]])
-    if not isinstance(cells, Polygons):
-        return [window]
-    normals, offsets = cells.normals.cpu().numpy(), cells.offsets.cpu().numpy()
-    edges, found = cells.is_edge.cpu().numpy(), []
-    for normal, offset, real in zip(normals, offsets, edges, strict=True):
-        shape = window
-        for n, c in zip(normal[real], offset[real], strict=True):
-            shape = _clip(shape, n, c)
-        found.append(shape)
-    return found
-
-
-def _clip(shape: np.ndarray, normal: np.ndarray, offset: float) -> np.ndarray:
-    """The part of a convex polygon (K, 2) on the side ``normal . z <= offset``."""
-    if not len(shape):
-        return shape
-    height = shape @ normal - offset
-    kept: list[np.ndarray] = []
-    for i, here in enumerate(height):
-        if here <= 0:
-            kept.append(shape[i])
-        j = (i + 1) % len(shape)
-        if (here < 0 < height[j]) or (height[j] < 0 < here):
-            kept.append(shape[i] + here / (here - height[j]) * (shape[j] - shape[i]))
-    # A cell that touches the window in a corner or along a side shows no area.
-    return np.array(kept) if len(kept) > 2 else np.empty((0, 2))
 
 
 def _by_value(ax: Axes, values: Tensor, num_regions: int) -> np.ndarray:
