@@ -18,7 +18,10 @@ from linear_gaussian import LinearGaussian
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from torch import Tensor, nn
 
+from pyro_cpa.distributions import CPAMarginal
 from pyro_cpa.errors import CPAError, UnsupportedModel
+from pyro_cpa.infer.autoguide import AutoCPAPosterior
+from pyro_cpa.infer.helmholtz import BiHelmholtzELBO
 from pyro_cpa.infer.schedules import Fixed, Linear, LogUniform, Moments, OptimalLeft
 from pyro_cpa.infer.thermodynamic import TVO
 from pyro_cpa.infer.thermodynamic_path import riemann_weights
@@ -193,8 +196,28 @@ def chain(x: Tensor, phi: Tensor) -> tuple[Callable, Callable]:
     return model, guide
 
 
+@pytest.mark.parametrize("objective", ["lower", "wake", "upper"])
+def test_hierarchical_reparameterised_guide_has_no_leak(objective):
+    x, phi = torch.tensor([0.8]), torch.tensor([0.4, 0.6, -0.2], requires_grad=True)
+    model, guide = chain(x, phi)
+    draws = []
+
+    def watched(x):
+        trace = pyro.poutine.trace(guide).get_trace(x)
+        draws.append([trace.nodes[name]["value"].detach() for name in "ab"])
+
+    TVO(5, BETAS, guide_objective=objective).loss_and_grads(model, watched, x)
+    a, b = (torch.stack(v) for v in zip(*draws, strict=True))
+    normal = dist.Normal
+    log_p = normal(0.0, 1.0).log_prob(a) + normal(0.5 * a, 1.0).log_prob(b) + normal(a + b, 1.0).log_prob(x)
+    log_q = normal(phi[0], 1.0).log_prob(a) + normal(phi[1] * a + phi[2], 0.7).log_prob(b)
+    sign, m = guide_sum(objective, torch.tensor(BETAS))
+    surrogate = sign * published(log_p, log_q, torch.tensor(BETAS), m, 5 / 4, center=1.0)
+    assert torch.allclose(phi.grad, torch.autograd.grad(-surrogate, phi)[0], rtol=1e-10)
+
+
 @pytest.mark.parametrize("estimator", ["covariance", "dreg"])
-def test_hierarchical_reparameterised_guide_has_no_leak(estimator):
+def test_mean_gradient_of_a_hierarchical_guide(estimator):
     x, phi = torch.tensor(0.8), torch.tensor([0.4, 0.6, -0.2], requires_grad=True)
     # ELBO up to a constant, in closed form: a = phi0 + e, b = phi1 a + phi2 + .7 d.
     second = 1 + phi[0] ** 2  # E a^2
@@ -275,6 +298,33 @@ def test_exact_posterior_gives_the_evidence_without_variance_and_no_guide_gradie
     assert tvo.diagnostics.variance.max() < 1e-20
     assert grad[is_guide].abs().max() < 1e-13
     assert grad[~is_guide].abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: TVO(3, BETAS), lambda: TVO(3, rule="right"), lambda: BiHelmholtzELBO(3)]
+)
+def test_exact_guide_of_a_piecewise_affine_decoder_gives_its_evidence_at_every_draw(make):
+    decoder = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 0.5).to_event(1), obs=x)
+
+    guide, x, objective = AutoCPAPosterior(model, decoder=decoder), torch.randn(4, 3), make()
+    evidence = CPAMarginal(decoder, 0.5).log_prob(x).sum().item()
+    for _ in range(3):
+        assert objective.loss(model, guide, x) == pytest.approx(-evidence, rel=1e-10)
+
+
+def test_the_importance_sampled_right_sum_is_no_upper_bound():
+    parameters = torch.tensor([0.0, 1.0, -1.0, 4.0, -1.0])  # the guide misses the posterior
+    exact, pair = LinearGaussian(parameters, x=0.9), GaussianPair(parameters)
+    bounds = TVO(10, Linear(5), vectorize_particles=True).bounds(
+        pair.model, pair.guide, torch.full((500,), 0.9)
+    )
+    assert exact.right(Linear(5).betas) > exact.evidence
+    assert bounds.upper_snis / 500 < exact.evidence - 2
 
 
 @pytest.mark.parametrize("objective", ["lower", "wake", "upper"])
