@@ -16,7 +16,7 @@ from pyro_cpa.models.bernoulli_layers import check_binary, check_sizes
 if TYPE_CHECKING:
     from pyro_cpa.models.helmholtz_machine import BidirectionalHelmholtzMachine
 
-__all__ = ["HelmholtzChain"]
+__all__ = ["HelmholtzChain", "check_partly_observed"]
 
 
 class HelmholtzChain:
@@ -70,8 +70,10 @@ class HelmholtzChain:
             )
         self.machine = machine
         self.num_proposals = num_proposals
-        self.observed = None if observed is None else self._check_mask(x, observed)
-        if self.observed is not None:
+        self.observed: Tensor | None = None
+        if observed is not None:
+            like = next(machine.parameters())
+            x, self.observed = check_partly_observed(x, observed, machine.sizes[0], like)
             x = torch.where(self.observed, x, torch.randint_like(x, 2))
         x = machine.check(x)
         # Leading dimension: one x for both replicas, two of every latent layer.
@@ -152,16 +154,23 @@ class HelmholtzChain:
         chosen = torch.distributions.Categorical(logits=log_w.movedim(0, -1)).sample()
         self._states[level] = proposals.gather(0, chosen[None, ..., None].expand(1, *state.shape))[0]
 
-    def _check_mask(self, x: Tensor, observed: Tensor) -> Tensor:
-        dim = self.machine.sizes[0]
-        if observed.dtype != torch.bool or observed.shape not in (x.shape, (dim,)):
-            raise InvalidData(
-                f"observed is {observed.dtype} of shape {tuple(observed.shape)}; expected torch.bool of "
-                f"shape {tuple(x.shape)} or ({dim},), True where x is known."
-            )
+
+def check_partly_observed(x: Tensor, observed: Tensor, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` (C, dim) with zeros where it is not observed, and the mask in its shape, moved to ``like``.
+
+    Raises:
+        InvalidData: for a mask of another type or shape, or x that is not binary where observed.
+    """
+    if observed.dtype != torch.bool or observed.shape not in (x.shape, (dim,)):
+        raise InvalidData(
+            f"observed is {observed.dtype} of shape {tuple(observed.shape)}; expected torch.bool of "
+            f"shape {tuple(x.shape)} or ({dim},), True where x is known."
+        )
+    x, observed = x.to(like), observed.to(like.device)
+    if x.dim() == 2 and x.shape[1] == dim:
         observed = observed.expand(x.shape)
-        check_binary(torch.where(observed, x, torch.zeros_like(x)), dim, x, "the observed part of x")
-        return observed
+        x = torch.where(observed, x, torch.zeros_like(x))
+    return check_binary(x, dim, like, "the observed part of x"), observed
 
 
 def _log_bernoulli(value: Tensor, logits: Tensor) -> Tensor:

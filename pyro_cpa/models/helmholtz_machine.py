@@ -19,7 +19,7 @@ from pyro_cpa.models.bernoulli_layers import (
     check_stack,
     deterministic_map,
 )
-from pyro_cpa.models.helmholtz_chain import HelmholtzChain
+from pyro_cpa.models.helmholtz_chain import HelmholtzChain, check_partly_observed
 
 __all__ = ["BidirectionalHelmholtzMachine", "EffectiveSampleSize", "Estimate"]
 
@@ -253,9 +253,10 @@ class BidirectionalHelmholtzMachine(AbstractBernoulliStack):
             (num_chains, N, D); observed entries are as given.
         """
         check_sizes(num_chains=num_chains)
-        n = len(x)
-        rows, mask = x.repeat(num_chains, 1), observed.expand(x.shape).repeat(num_chains, 1)
-        return self.chain(rows, mask, num_proposals).sweep(num_sweeps).layers[0].reshape(num_chains, n, -1)
+        x, observed = check_partly_observed(x, observed, self.sizes[0], next(self.parameters()))
+        rows, mask = x.repeat(num_chains, 1), observed.repeat(num_chains, 1)
+        samples = self.chain(rows, mask, num_proposals).sweep(num_sweeps).layers[0]
+        return samples.reshape(num_chains, *x.shape)
 
     def _pool(self, num_samples: int, num_inner: int) -> tuple[list[Tensor], Tensor]:
         """Draws of p and the logarithms, (num_samples,), of their unnormalised weights under p*."""

@@ -106,6 +106,10 @@ def test_errors():
         machine.inpaint(x, torch.ones(4))
     with pytest.raises(InvalidData, match=r"observed is torch.bool of shape \(3,\)"):
         machine.chain(x, torch.ones(3, dtype=torch.bool))
+    with pytest.raises(InvalidData, match=r"observed is torch.bool of shape \(2, 4\)"):
+        machine.inpaint(x, torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(InvalidData, match=r"the observed part of x is \(4,\); expected a tensor of shape"):
+        machine.inpaint(torch.zeros(4), torch.ones(4, dtype=torch.bool))
     with pytest.raises(InvalidData, match="num_proposals is 1"):
         machine.chain(torch.zeros(1, 4), num_proposals=1)
     with pytest.raises(InvalidData, match="num_sweeps is 0"):

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pyro
 import pytest
@@ -78,6 +80,17 @@ def test_evidence_of_all_data_sums_to_one_and_particles_reach_it():
     spread = (d - estimate).exp().std(0) / math.sqrt(20_000)
     assert (estimate - exact.log_p).abs().le(5 * spread).all()
     assert chi_square_p_value(state_index(net.generate(5000)), exact.log_p) > 2e-5
+
+
+def test_log_evidence_asks_the_library(monkeypatch):
+    asked = SimpleNamespace(log_evidence=lambda *args, **options: (args, options))
+    monkeypatch.setitem(sys.modules, "pyro_cpa.infer.evidence", asked)
+    net = tiny()
+    (model, guide, x), options = net.log_evidence(torch.ones(2, 4, dtype=torch.bool), 7, chunk_size=3)
+    assert (model, guide) == (net.model, net.guide) and torch.equal(x, torch.ones(2, 4))
+    assert options == {"num_particles": 7, "chunk_size": 3}
+    with pytest.raises(InvalidData, match="expected only 0 and 1"):
+        net.log_evidence(torch.full((2, 4), 0.5))
 
 
 def test_the_papers_net_is_one_call():
