@@ -98,7 +98,8 @@ class ConditionalVAE(AbstractLatentModel):
         Returns:
             The decoder's output, (..., N, D).
         """
-        x, one_hot = self.checked(x), self._one_hot(y, len(x))
+        x = self.checked(x)
+        one_hot = self._one_hot(y, len(x))
         networks = self.networks
         with self.data_plate(len(x), size):
             z = pyro.sample("z", networks.prior(one_hot))
@@ -108,9 +109,10 @@ class ConditionalVAE(AbstractLatentModel):
 
     @pyro_method
     def guide(self, x: Tensor, y: Tensor | int, *, size: int | None = None) -> Tensor:
-        """q(z | x, y); arguments as for ``model``. Returns z."""
-        x, one_hot = self.checked(x), self._one_hot(y, len(x))
-        with self.data_plate(len(x), size):
+        """q(z | x, y); arguments as for ``model``, x also with dreams (..., N, D). Returns z."""
+        x = self.checked(x, ("...", "N"))
+        one_hot = self._one_hot(y, x.shape[-2])
+        with self.data_plate(x.shape[-2], size):
             return pyro.sample("z", self.networks.encoder(self.likelihood.features(x), one_hot))
 
     def generate(self, n: int = 1, *, y: Tensor | int, mode: Mode = "sample") -> Tensor:

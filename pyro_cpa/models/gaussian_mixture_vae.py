@@ -144,14 +144,14 @@ class GaussianMixtureVAE(AbstractLatentModel):
 
     @pyro_method
     def guide(self, x: Tensor, labels: Tensor | None = None, *, size: int | None = None) -> None:
-        """q(y | x) q(z | x, y); arguments as for ``model``."""
-        x = self.checked(x)
+        """q(y | x) q(z | x, y); arguments as for ``model``, x also with dreams (..., N, D)."""
+        x = self.checked(x, ("...", "N"))
         features = self.likelihood.features(x)
         infer: Any = {"enumerate": "parallel"} if self.clusters == "enumerate" else {}
-        with self.data_plate(len(x), size):
+        with self.data_plate(x.shape[-2], size):
             logits = self._logits(x)
             if labels is not None:
-                known, one_hot = self._known(labels, len(x))
+                known, one_hot = self._known(labels, x.shape[-2])
                 logits = torch.where(known[:, None], one_hot.log(), logits)
             y = pyro.sample("y", self._cluster_distribution(logits), infer=infer)
             pyro.sample("z", self.networks.encoder(features, y))

@@ -70,14 +70,15 @@ class AbstractLatentModel(PyroModule):
 
         Args:
             x: (``*shape``, D), of any dtype.
-            shape: Names of the leading dimensions, for the message.
+            shape: Names of the leading dimensions, for the message; "..." first allows any number before.
             keep: Boolean over the leading dimensions: x is set to 0 elsewhere, whatever stands there.
 
         Raises:
             InvalidData: For another shape, NaN, or values outside the likelihood's support.
         """
         given = tuple(x.shape) if isinstance(x, Tensor) else ()
-        if len(given) != len(shape) + 1 or given[-1] != self.data_dim or 0 in given:
+        fits = len(given) >= len(shape) if shape[0] == "..." else len(given) == len(shape) + 1
+        if not fits or given[-1] != self.data_dim or 0 in given:
             raise InvalidData(
                 f"x is {given or type(x).__name__}; expected a tensor of shape "
                 f"({', '.join(shape)}, {self.data_dim}), not empty. "

@@ -97,9 +97,9 @@ class VAE(AbstractLatentModel):
 
     @pyro_method
     def guide(self, x: Tensor, *, size: int | None = None) -> Tensor:
-        """q(z | x); arguments as for ``model``. Returns z."""
-        x = self.checked(x)
-        with self.data_plate(len(x), size):
+        """q(z | x); arguments as for ``model``, x also with dreams (..., N, D). Returns z."""
+        x = self.checked(x, ("...", "N"))
+        with self.data_plate(x.shape[-2], size):
             return pyro.sample("z", self.encoder(self.likelihood.features(x)))
 
     def generate(self, n: int = 1, *, mode: Mode = "sample") -> Tensor:

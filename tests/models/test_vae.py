@@ -188,9 +188,15 @@ def test_on_a_gpu():
 )
 def test_bad_data(bad, message):
     vae, _ = small_vae()
-    for method in (vae.model, vae.guide, vae.encode, vae.reconstruct):
+    for method in (vae.model, vae.encode, vae.reconstruct):
         with pytest.raises(InvalidData, match=message):
             method(bad)
+
+
+@pytest.mark.parametrize("bad", [torch.rand(4, D), torch.zeros(4, D + 1), torch.zeros(D)])
+def test_bad_data_in_the_guide(bad):
+    with pytest.raises(InvalidData, match="expected"):
+        small_vae()[0].guide(bad)
 
 
 def test_bad_settings():
