@@ -14,8 +14,20 @@ from torch import Tensor, nn
 X, H1, H2 = 4, 3, 2
 
 
+# Arguments of the net besides x: nothing, a mask of observed entries, ten times more data than the minibatch.
+VARIANTS: dict[str, dict] = {
+    "plain": {},
+    "masked": {"mask": torch.tensor([True, True, False, True])},
+    "subsampled": {"size": 30},
+}
+
+
 def bits(n: int) -> Tensor:
     return torch.tensor(list(itertools.product([0.0, 1.0], repeat=n)))
+
+
+def three_x() -> Tensor:
+    return bits(4)[[1, 6, 15]]
 
 
 def log_bernoulli(logits: Tensor, value: Tensor) -> Tensor:

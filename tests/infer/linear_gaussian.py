@@ -7,8 +7,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import pyro
+import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -93,3 +95,24 @@ class LinearGaussian:
         return LinearGaussian(
             torch.cat([self.parameters[:3], torch.stack([mean, 0.5 * variance.log()])]), float(self.x)
         )
+
+
+class GaussianPair(nn.Module):
+    """The same for Pyro."""
+
+    def __init__(self, parameters: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(parameters.clone())
+
+    def model(self, x):
+        pyro.module("pair", self)
+        m, a, log_sigma, _, _ = self.values
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(a * z, log_sigma.exp()), obs=x)
+
+    def guide(self, x):
+        pyro.module("pair", self)
+        _, _, _, mu, log_s = self.values
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mu, log_s.exp()))

@@ -10,23 +10,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from binary_net import BinaryNet, bits
+from binary_net import VARIANTS, BinaryNet, bits, three_x
 from linear_gaussian import LinearGaussian
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from torch import Tensor
 
 from pyro_cpa.errors import CPAError, InvalidData, UnsupportedModel
 from pyro_cpa.infer.helmholtz import BiHelmholtzELBO
-
-VARIANTS = {
-    "plain": {},
-    "masked": {"mask": torch.tensor([True, True, False, True])},
-    "subsampled": {"size": 30},
-}
-
-
-def three_x() -> Tensor:
-    return bits(4)[[1, 6, 15]]
 
 
 class Enumerated:

@@ -1,6 +1,6 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-"""TVO on Pyro pairs: values, gradients against enumeration and closed forms, reports, schedules, refusals."""
+"""TVO on Pyro pairs: values, gradients against enumeration and closed forms, schedules, refusals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from binary_net import BinaryNet, bits
-from linear_gaussian import LinearGaussian
+from binary_net import VARIANTS, BinaryNet, bits, three_x
+from linear_gaussian import GaussianPair, LinearGaussian
+from published_tvo import guide_sum, published
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from torch import Tensor, nn
 
@@ -27,16 +28,6 @@ from pyro_cpa.infer.thermodynamic import TVO
 from pyro_cpa.infer.thermodynamic_path import riemann_weights
 
 BETAS = [0.0, 0.1, 0.4, 1.0]
-# The net's arguments besides x: nothing, a mask of observed entries, ten times more data than the minibatch.
-VARIANTS = {
-    "plain": {},
-    "masked": {"mask": torch.tensor([True, True, False, True])},
-    "subsampled": {"size": 30},
-}
-
-
-def three_x() -> Tensor:
-    return bits(4)[[1, 6, 15]]
 
 
 def gradients(elbo: TVO, model: Callable, guide: Callable, module: nn.Module, *args, **kwargs) -> Tensor:
@@ -45,29 +36,6 @@ def gradients(elbo: TVO, model: Callable, guide: Callable, module: nn.Module, *a
     return torch.cat(
         [torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in module.parameters()]
     )
-
-
-def published(
-    log_p: Tensor, log_q: Tensor, betas: Tensor, m: Tensor, c: float, center: float = 0.0
-) -> Tensor:
-    """Surrogate of one sum of nodes (...), particles first: one autograd term per node and particle."""
-    f = log_p - log_q
-    total = center * log_q.mean(0)
-    for weight, beta in zip(m, betas, strict=True):
-        w = torch.softmax(beta * f, 0).detach()
-        deviation = f.detach() - (w * f.detach()).sum(0)
-        tempered = beta * log_p + (1 - beta) * log_q
-        total = total + weight * ((w * f).sum(0) + c * (w * deviation * tempered).sum(0))
-    return total
-
-
-def guide_sum(objective: str, betas: Tensor) -> tuple[float, Tensor]:
-    """Sign and nodes of the guide's objective."""
-    return {
-        "lower": (1.0, riemann_weights(betas, "left")),
-        "upper": (-1.0, riemann_weights(betas, "right")),
-        "wake": (-1.0, torch.tensor([0.0, 0.0, 0.0, 1.0])),
-    }[objective]
 
 
 # Value.
@@ -239,27 +207,6 @@ def test_mean_gradient_of_a_hierarchical_guide(estimator):
     assert ((runs.mean(0) - expected).abs() < 5 * error).all()
 
 
-class GaussianPair(nn.Module):
-    """The closed-form pair of ``linear_gaussian`` for Pyro."""
-
-    def __init__(self, parameters: Tensor) -> None:
-        super().__init__()
-        self.values = nn.Parameter(parameters.clone())
-
-    def model(self, x):
-        pyro.module("pair", self)
-        m, a, log_sigma, _, _ = self.values
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(m, 1.0))
-            pyro.sample("x", dist.Normal(a * z, log_sigma.exp()), obs=x)
-
-    def guide(self, x):
-        pyro.module("pair", self)
-        _, _, _, mu, log_s = self.values
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(mu, log_s.exp()))
-
-
 @pytest.mark.parametrize("estimator", ["covariance", "dreg"])
 @pytest.mark.parametrize("rule", ["left", "right"])
 def test_gradient_of_many_particles_is_that_of_the_exact_sums(rule, estimator):
@@ -315,16 +262,6 @@ def test_exact_guide_of_a_piecewise_affine_decoder_gives_its_evidence_at_every_d
     evidence = CPAMarginal(decoder, 0.5).log_prob(x).sum().item()
     for _ in range(3):
         assert objective.loss(model, guide, x) == pytest.approx(-evidence, rel=1e-10)
-
-
-def test_the_importance_sampled_right_sum_is_no_upper_bound():
-    parameters = torch.tensor([0.0, 1.0, -1.0, 4.0, -1.0])  # the guide misses the posterior
-    exact, pair = LinearGaussian(parameters, x=0.9), GaussianPair(parameters)
-    bounds = TVO(10, Linear(5), vectorize_particles=True).bounds(
-        pair.model, pair.guide, torch.full((500,), 0.9)
-    )
-    assert exact.right(Linear(5).betas) > exact.evidence
-    assert bounds.upper_snis / 500 < exact.evidence - 2
 
 
 @pytest.mark.parametrize("objective", ["lower", "wake", "upper"])
@@ -389,101 +326,6 @@ def test_autograd_keeps_nothing_with_an_axis_for_the_nodes():
             TVO(8, schedule, vectorize_particles=True).differentiable_loss(net.model, net.guide, x)
         largest[start:] = [max(largest[start:]), len(largest) - start]
     assert largest[:2] == largest[2:]
-
-
-# Reports.
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_diagnostics_describe_the_step(variant):
-    net = BinaryNet()
-    tvo = TVO(20, BETAS, "trapezoid", vectorize_particles=True)
-    with pytest.raises(CPAError, match="no diagnostics"):
-        tvo.diagnostics  # noqa: B018
-    loss = tvo.loss_and_grads(net.model, net.guide, three_x(), **VARIANTS[variant])
-    seen = tvo.diagnostics
-    assert seen.bound == seen.trapezoid == pytest.approx(-loss, rel=1e-12)
-    assert seen.elbo <= seen.lower <= seen.iwae <= seen.upper_snis
-    assert (riemann_weights(seen.betas, "left") @ seen.eta).item() == pytest.approx(seen.lower, rel=1e-12)
-    assert seen.eta.shape == seen.variance.shape == seen.ess.shape == (4,)
-    assert seen.ess[0].item() == pytest.approx(20) and (seen.ess.diff() <= 0).all()
-    assert not seen.eta.requires_grad
-
-
-def test_bounds_and_integrand_approach_the_exact_curve():
-    parameters = torch.tensor([0.2, 1.4, -0.3, -0.2, -0.4])
-    exact, pair = LinearGaussian(parameters, x=0.9), GaussianPair(parameters)
-    tvo, x = TVO(2, BETAS, vectorize_particles=True), torch.tensor([0.9])
-    bounds = tvo.bounds(pair.model, pair.guide, x, num_particles=200_000)
-    assert bounds.lower == pytest.approx(exact.left(torch.tensor(BETAS)).item(), abs=0.02)
-    assert bounds.iwae == pytest.approx(exact.evidence.item(), abs=0.01)
-    curve = tvo.integrand(pair.model, pair.guide, x, betas=21, num_particles=200_000)
-    expected = torch.stack([exact.eta(b) for b in curve.betas])
-    assert ((curve.eta - expected).abs() < 5 * curve.standard_error + 1e-3).all()
-    assert torch.allclose(curve.variance, torch.stack([exact.var(b) for b in curve.betas]), rtol=0.05)
-    assert torch.trapezoid(curve.eta, curve.betas).item() == pytest.approx(exact.evidence.item(), abs=0.02)
-    assert torch.allclose(curve.node_eta[-1], curve.eta[-1]) and len(curve.nodes) == 4
-    assert tvo.integrand(pair.model, pair.guide, x, betas=torch.tensor([0.0, 0.3])).eta.shape == (2,)
-    with pytest.raises(CPAError, match="betas"):
-        tvo.integrand(pair.model, pair.guide, x, betas=torch.tensor([0.0, 1.3]))
-    assert not curve.eta.requires_grad and pair.values.grad is None
-
-
-def test_curve_can_be_drawn():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    net = BinaryNet()
-    curve = TVO(20, BETAS).integrand(net.model, net.guide, three_x())
-    ax = curve.plot()
-    assert len(ax.patches) == 3 and curve.plot(ax) is ax
-    heights = [patch.get_y() + patch.get_height() for patch in ax.patches[:3]]
-    assert heights == pytest.approx(curve.node_eta[:-1].tolist())
-    matplotlib.pyplot.close("all")
-
-
-def test_simulated_sandwich_holds_the_enumerated_evidence():
-    net, rows = BinaryNet(), 4000
-    x = bits(4)
-    log_p, log_q = net.log_joint(x), net.log_guide(x)
-    evidence = log_p.logsumexp(0)
-    expected = rows * (evidence.exp() * evidence).sum().item()
-    eubo = rows * (log_p.exp() * (log_p - log_q)).sum().item()
-    tvo = TVO(5, Linear(1), vectorize_particles=True)
-    seen = tvo.simulated_sandwich(net.model, net.guide, torch.zeros(rows, 4))
-    # The lower bounds and the upper ones are on the evidence of the same simulated data.
-    assert seen.elbo <= seen.lower + 1e-9 and seen.lower <= seen.iwae
-    assert seen.iwae < expected + 5 * seen.lower_error
-    assert expected - 5 * seen.upper_error < seen.iwae_upper <= seen.upper
-    assert abs(seen.eubo - eubo) < 5 * seen.upper_error
-    # The right end of the curve of the joint sample has the EUBO as its expectation.
-    assert abs(seen.upper - eubo) < 5 * seen.upper_error
-    many = tvo.simulated_sandwich(net.model, net.guide, torch.zeros(rows, 4), num_particles=300)
-    assert many.iwae_upper - many.iwae < 0.1 * (many.eubo - many.elbo)
-
-
-def test_simulation_shows_data_to_the_guide_by_keyword_or_refuses():
-    def model(observations):
-        with pyro.plate("data", 50):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=observations["x"])
-
-    def guide(observations):
-        with pyro.plate("data", 50):
-            pyro.sample("z", dist.Normal(observations["x"] / 2, math.sqrt(0.5)))
-
-    def closed_over():
-        model(data)
-
-    def blind():
-        guide(data)
-
-    data = {"x": torch.zeros(50)}
-    seen = TVO(4, BETAS).simulated_sandwich(model, guide, observations=data)
-    assert seen.eubo == pytest.approx(seen.elbo, rel=1e-10)
-    with pytest.raises(UnsupportedModel, match="'x'.*observations"):
-        TVO(4).simulated_sandwich(closed_over, blind)
-    with pytest.raises(UnsupportedModel, match="plates"):
-        TVO(4, plates=("data",)).simulated_sandwich(model, guide, observations=data)
 
 
 # Schedules in training.
