@@ -7,6 +7,7 @@ from pyro_cpa.infer.analytic import AnalyticELBO
 from pyro_cpa.infer.autoguide import AutoCPAPosterior
 from pyro_cpa.infer.checkpoint import load_checkpoint, save_checkpoint
 from pyro_cpa.infer.em import EM
+from pyro_cpa.infer.evidence import Evidence, log_evidence, pointwise_log_likelihood
 from pyro_cpa.infer.exact_ml import ExactML
 from pyro_cpa.infer.helmholtz import BiHelmholtzELBO
 from pyro_cpa.infer.importance_weighted import ImportanceWeightedELBO
@@ -23,6 +24,7 @@ __all__ = [
     "BiHelmholtzELBO",
     "CoarseGrained",
     "EM",
+    "Evidence",
     "ExactML",
     "Fixed",
     "ImportanceWeightedELBO",
@@ -34,5 +36,7 @@ __all__ = [
     "Schedule",
     "TVO",
     "load_checkpoint",
+    "log_evidence",
+    "pointwise_log_likelihood",
     "save_checkpoint",
 ]
