@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,8 @@ from pyro_cpa.partition.cells import Intervals
 
 __all__: list[str] = []
 
+_CHUNK = 32768  # pairs worked on at a time: what a processor's cache holds
+
 
 class _Whitened(NamedTuple):
     """Intervals in standard deviations from the mean, mirrored so that their middle is not negative."""
@@ -25,48 +29,75 @@ class _Whitened(NamedTuple):
     anchor: Tensor  # point of the interval nearest the mean, on the line
 
 
-def _whiten(cells: Intervals, loc: Tensor, scale_tril: Tensor) -> _Whitened:
-    mean, deviation = loc[..., 0], scale_tril[..., 0, 0]
-    lower = (cells.lower - mean) / deviation
-    upper = (cells.upper - mean) / deviation
-    mirrored = lower + upper < 0.0
-    near = torch.where(mirrored, -upper, lower)
+def _whiten(lower: Tensor, upper: Tensor, mean: Tensor, deviation: Tensor) -> _Whitened:
+    left, right = (lower - mean) / deviation, (upper - mean) / deviation
+    mirrored = left + right < 0.0
+    near = torch.where(mirrored, -right, left)
     # The width of the interval itself: the difference of its whitened ends would lose a narrow one's digits.
-    width = ((cells.upper - cells.lower) / deviation).expand_as(near)
-    end = torch.where(mirrored, cells.upper, cells.lower)
-    anchor = torch.where(near > 0.0, end, mean)
+    width = ((upper - lower) / deviation).expand_as(near)
+    anchor = torch.where(near > 0.0, torch.where(mirrored, upper, lower), mean)
     return _Whitened(near, width, torch.where(mirrored, -deviation, deviation), anchor)
+
+
+def _map_pairs(
+    cells: Intervals, loc: Tensor, scale_tril: Tensor, outputs: int, compute: Callable[[_Whitened], Tensor]
+) -> Tensor:
+    """Applies ``compute``, (outputs, n, r) from (n, r) pairs, in chunks: (outputs, ..., R)."""
+    regions = loc.shape[-2]
+    mean = loc.reshape(-1, regions)
+    deviation = scale_tril[..., 0, 0]
+    deviation = deviation.expand(mean.shape) if deviation.dim() == 1 else deviation.expand(loc.shape[:-1])
+    deviation = deviation.reshape(mean.shape)
+    result = mean.new_empty(outputs, *mean.shape)
+    chunk = max(1, min(_CHUNK * torch.get_num_threads(), 2**24 // max(outputs, 1)))
+    columns = max(1, min(regions, chunk))
+    rows = chunk // columns
+    for column in range(0, regions, columns):
+        part = slice(column, column + columns)
+        lower, upper = cells.lower[part], cells.upper[part]
+        for row in range(0, mean.shape[0], rows):
+            pairs = slice(row, row + rows), part
+            result[:, pairs[0], part] = compute(_whiten(lower, upper, mean[pairs], deviation[pairs]))
+    return result.reshape(outputs, *loc.shape[:-1])
+
+
+def _pair_moments(interval: _Whitened) -> Tensor:
+    log_masses, offset, variance = truncated_moments(interval.near, interval.width)
+    step = interval.step
+    return torch.stack([log_masses, interval.anchor + step * offset, step * step * variance])
 
 
 @log_mass.register
 @torch.no_grad()
 def _log_mass(cells: Intervals, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    interval = _whiten(cells, loc, scale_tril)
-    return truncated_moments(interval.near, interval.width)[0]
+    return _map_pairs(cells, loc, scale_tril, 3, _pair_moments)[0]
 
 
 @moments.register
 @torch.no_grad()
 def _moments(cells: Intervals, loc: Tensor, scale_tril: Tensor) -> Moments:
-    near, width, step, anchor = _whiten(cells, loc, scale_tril)
-    log_masses, offset, variance = truncated_moments(near, width)
-    mean = anchor + step * offset
-    return Moments(log_masses, mean.unsqueeze(-1), (step * step * variance)[..., None, None])
+    log_masses, mean, variance = _map_pairs(cells, loc, scale_tril, 3, _pair_moments)
+    return Moments(log_masses, mean.unsqueeze(-1), variance[..., None, None])
 
 
 @log_mass_bound.register
 @torch.no_grad()
 def _log_mass_bound(cells: Intervals, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    distance = _whiten(cells, loc, scale_tril).near.clamp(min=0.0)
-    return -0.5 * distance * distance
+    def bound(interval: _Whitened) -> Tensor:
+        return -0.5 * interval.near.clamp(min=0.0).square().unsqueeze(0)
+
+    return _map_pairs(cells, loc, scale_tril, 1, bound)[0]
 
 
 @sample.register
 @torch.no_grad()
 def _sample(cells: Intervals, loc: Tensor, scale_tril: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
-    near, width, step, anchor = _whiten(cells, loc, scale_tril)
-    shape = (*sample_shape, *near.shape)
-    level = torch.rand(shape, dtype=near.dtype, device=near.device)
-    offset = truncated_quantile(near.expand(shape), width.expand(shape), level)
-    draws = anchor + step * offset
+    count = math.prod(sample_shape)
+
+    def draw(interval: _Whitened) -> Tensor:
+        near, width, step, anchor = (field.expand(count, *interval.near.shape) for field in interval)
+        level = torch.rand(near.shape, dtype=near.dtype, device=near.device)
+        return anchor + step * truncated_quantile(near, width, level)
+
+    draws = _map_pairs(cells, loc, scale_tril, count, draw).reshape(*sample_shape, *loc.shape[:-1])
     return torch.minimum(torch.maximum(draws, cells.lower), cells.upper).unsqueeze(-1)

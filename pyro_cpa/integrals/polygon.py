@@ -11,16 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
-from pyro_cpa.integrals.polygon_frame import (
-    Edges,
-    Frame,
-    Sight,
-    edge_frame,
-    longest,
-    nearest_frame,
-    sight,
-    whiten,
-)
+from pyro_cpa.integrals.polygon_frame import Edges, sight, slicing_frame, whiten
 from pyro_cpa.integrals.normal import HALF_LOG_2PI
 from pyro_cpa.integrals.polygon_sample import draw_points
 from pyro_cpa.integrals.polygon_slices import cut, integrate
@@ -29,11 +20,14 @@ from pyro_cpa.partition.cells import Polygons
 __all__: list[str] = []
 
 _EDGE_COUNTS = (4, 6)  # padding costs time: cells with up to so many edges are treated apart
-_CHUNK = 8192  # pairs worked on at a time: what a processor's cache holds
+_CHUNK = 8192  # pairs per thread worked on at a time: what a processor's cache holds
 
 
 def _by_edge_count(cells: Polygons) -> Iterator[tuple[Tensor, Polygons]]:
     """Groups of cells with few edges and with many, without the padding they do not need."""
+    if cells.offsets.shape[1] == 0:
+        none = cells.offsets.new_zeros(len(cells), 1)
+        cells = Polygons(torch.stack([none, none], dim=-1), none + torch.inf, none, none)
     order = torch.argsort(cells.is_edge.to(torch.int8), dim=1, descending=True, stable=True)
     counts = cells.is_edge.sum(dim=1)
     fewer = -1
@@ -43,9 +37,15 @@ def _by_edge_count(cells: Polygons) -> Iterator[tuple[Tensor, Polygons]]:
         if index.shape[0] > 0:
             columns = order[index, :most]
             group = cells[index]
-            normals = group.normals.gather(1, columns.unsqueeze(-1).expand(-1, -1, 2))
-            rest = (field.gather(1, columns) for field in (group.offsets, group.starts, group.ends))
-            yield index, Polygons(normals, *rest)
+            yield (
+                index,
+                Polygons(
+                    normals=group.normals.gather(1, columns.unsqueeze(-1).expand(-1, -1, 2)),
+                    offsets=group.offsets.gather(1, columns),
+                    starts=group.starts.gather(1, columns),
+                    ends=group.ends.gather(1, columns),
+                ),
+            )
 
 
 def _map_pairs(
@@ -53,7 +53,7 @@ def _map_pairs(
 ) -> Tensor:
     """Applies ``compute(edges, loc)``, (outputs, P) from P pairs, to all pairs in chunks: (outputs, ..., R)."""
     batch = loc.shape[:-1]
-    chunk = max(1, min(_CHUNK, 16 * _CHUNK // max(outputs, 1)))
+    chunk = max(1, min(_CHUNK * torch.get_num_threads(), 2**20 // max(outputs, 1)))
     if scale_tril.dim() > 3:
         region = torch.arange(batch[-1], device=loc.device).expand(batch).reshape(-1)
         scale_tril = scale_tril.expand(*batch, 2, 2).reshape(-1, 2, 2)
@@ -73,44 +73,26 @@ def _map_pairs(
     return result.reshape(outputs, *batch)
 
 
-def _frames(edges: Edges, loc: Tensor) -> Iterator[tuple[Tensor, Frame]]:
-    """Slicing frames of all pairs, thin cells and others apart, with the pairs they belong to."""
-    view = sight(edges, loc)
-    at, thin = longest(edges, view)
-    for chosen in (thin, ~thin):
-        index = torch.nonzero(chosen).squeeze(-1)
-        if index.shape[0] > 0:
-            some = Edges(*(field.index_select(-1, index) for field in edges))
-            seen = Sight(*(field.index_select(-1, index) for field in view))
-            if chosen is thin:
-                yield index, edge_frame(some, seen, at.index_select(0, index))
-            else:
-                yield index, nearest_frame(some, seen, loc.index_select(1, index))
-
-
 def _pair_moments(edges: Edges, loc: Tensor) -> Tensor:
     """Log-mass, mean (2) and covariance (xx, xy, yy) of P pairs, (6, P)."""
-    result = loc.new_empty(6, loc.shape[1])
-    for index, frame in _frames(edges, loc):
-        panels = cut(frame)
-        sums = loc.new_zeros(6, index.shape[0]).index_add_(1, panels.pair, integrate(frame, panels))
-        total = sums[0]
-        # A cell without interior keeps its reference point as mean.
-        _, t, s, tt, ts, ss = sums / torch.where(total > 0.0, total, torch.ones_like(total))
-        tt, ts, ss = tt - t * t, ts - t * s, ss - s * s
-        xt, xs, yt, ys = frame.jxx, frame.jxy, frame.jyx, frame.jyy
-        log_masses = torch.log(total) - 0.5 * (frame.t0 * frame.t0 + frame.s0 * frame.s0) - 2.0 * HALF_LOG_2PI
-        result[:, index] = torch.stack(
-            [
-                log_masses,
-                frame.zx + xt * t + xs * s,
-                frame.zy + yt * t + ys * s,
-                xt * xt * tt + 2.0 * xt * xs * ts + xs * xs * ss,
-                xt * yt * tt + (xt * ys + xs * yt) * ts + xs * ys * ss,
-                yt * yt * tt + 2.0 * yt * ys * ts + ys * ys * ss,
-            ]
-        )
-    return result
+    frame = slicing_frame(edges, sight(edges, loc), loc)
+    panels = cut(frame)
+    sums = loc.new_zeros(6, loc.shape[1]).index_add_(1, panels.pair, integrate(frame, panels))
+    total = sums[0]
+    # A cell without interior keeps its reference point as mean.
+    _, t, s, tt, ts, ss = sums / torch.where(total > 0.0, total, torch.ones_like(total))
+    tt, ts, ss = tt - t * t, ts - t * s, ss - s * s
+    xt, xs, yt, ys = frame.jxt, frame.jxs, frame.jyt, frame.jys
+    return torch.stack(
+        [
+            torch.log(total) - 0.5 * (frame.t0 * frame.t0 + frame.s0 * frame.s0) - 2.0 * HALF_LOG_2PI,
+            frame.zx + xt * t + xs * s,
+            frame.zy + yt * t + ys * s,
+            xt * xt * tt + 2.0 * xt * xs * ts + xs * xs * ss,
+            xt * yt * tt + (xt * ys + xs * yt) * ts + xs * ys * ss,
+            yt * yt * tt + 2.0 * yt * ys * ts + ys * ys * ss,
+        ]
+    )
 
 
 def _pair_bound(edges: Edges, loc: Tensor) -> Tensor:
@@ -143,10 +125,7 @@ def _sample(cells: Polygons, loc: Tensor, scale_tril: Tensor, sample_shape: tupl
     count = math.prod(sample_shape)
 
     def draw(edges: Edges, means: Tensor) -> Tensor:
-        result = means.new_empty(2 * count, means.shape[1])
-        for index, frame in _frames(edges, means):
-            result[:, index] = draw_points(frame, count).reshape(2 * count, -1)
-        return result
+        return draw_points(slicing_frame(edges, sight(edges, means), means), count).reshape(2 * count, -1)
 
     draws = _map_pairs(cells, loc, scale_tril, 2 * count, draw)
     return draws.reshape(2, *sample_shape, *loc.shape[:-1]).movedim(0, -1)

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Polygons seen from a Gaussian: whitened edges, the point nearest the mean, and axes to slice along.
 
-In whitened coordinates :math:`y = C^{-1}(z - \mu)` edge j lies on :math:`u_j \cdot y = h_j` between ``first`` and
-``last`` along the tangent :math:`(-u_2, u_1)`. Tensors have the edges first, (E, P) for P pairs of mean and cell.
+In whitened coordinates :math:`y = C^{-1}(z - \mu)` edge j lies on the line :math:`u_j \cdot y = h_j`, between
+``first`` and ``last`` along its tangent :math:`(-u_{j2}, u_{j1})`. Tensors have the edges first: (E, P) for P
+pairs of mean and cell.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from pyro_cpa.partition.cells import Polygons
 
-__all__ = ["WINDOW", "Edges", "Frame", "Sight", "edge_frame", "longest", "nearest_frame", "sight", "whiten"]
+__all__ = ["WINDOW", "Edges", "Frame", "Sight", "sight", "slicing_frame", "whiten"]
 
-WINDOW = 8.2  # beyond this distance from the nearest point lies less than 1e-15 of a cell's mass
-_STEEP = 1e-15
-_THIN = 0.3  # widths below this share of the density's scale are taken from pairs of edges, not from vertices
+WINDOW = 8.2  # beyond this distance from the nearest point lies less than 1e-14 of a cell's mass
+_THIN = 0.3  # a cell thinner than this share of the density's scale is sliced across its long edge
+_STEEP = 1e-15  # an edge this close to the slicing direction is parallel to it but for rounding
 
 
 class Edges(NamedTuple):
@@ -51,24 +52,19 @@ class Edges(NamedTuple):
 
 def whiten(cells: Polygons, scale_tril: Tensor) -> Edges:
     """Edges of R cells as seen by R covariances, (R, 2, 2)."""
-    if cells.offsets.shape[-1] == 0:
-        pad = cells.offsets.new_zeros(len(cells), 1)
-        cells = Polygons(torch.stack([pad, pad], -1), pad + torch.inf, pad, pad)
     c11, c21, c22 = scale_tril[:, 0, 0], scale_tril[:, 1, 0], scale_tril[:, 1, 1]
-    nx, ny = cells.normals.unbind(-1)
-    nx, ny, offset = nx.T, ny.T, cells.offsets.T
-    padded = torch.isinf(offset)
-    one, zero = torch.ones_like(offset), torch.zeros_like(offset)
-
+    nx, ny = (field.T.contiguous() for field in cells.normals.unbind(-1))
+    padded = ~cells.is_edge.T
+    one, zero = torch.ones_like(nx), torch.zeros_like(nx)
     vx, vy = c11 * nx + c21 * ny, c22 * ny
     norm = torch.where(padded, one, torch.hypot(vx, vy))
     ux, uy = torch.where(padded, one, vx / norm), vy / norm
     gy = ux / c22
     gx = (-uy - c21 * gy) / c11
     return Edges(
-        nx=nx.contiguous(),
-        ny=ny.contiguous(),
-        offset=torch.where(padded, zero, offset),
+        nx=nx,
+        ny=ny,
+        offset=torch.where(padded, zero, cells.offsets.T),
         start=cells.starts.T.contiguous(),
         end=cells.ends.T.contiguous(),
         ux=ux,
@@ -98,7 +94,7 @@ class Sight(NamedTuple):
     inside: Tensor
 
 
-def pick(field: Tensor, index: Tensor) -> Tensor:
+def _pick(field: Tensor, index: Tensor) -> Tensor:
     """Row ``index[p]`` of column p."""
     return field.gather(0, index.unsqueeze(0)).squeeze(0)
 
@@ -106,15 +102,15 @@ def pick(field: Tensor, index: Tensor) -> Tensor:
 def sight(edges: Edges, loc: Tensor) -> Sight:
     """Distances and nearest point; ``loc`` is (2, P)."""
     zx, zy = loc
-    h = ((edges.offset - edges.nx * zx) - edges.ny * zy) * edges.shrink + edges.padding
+    h = ((edges.offset - edges.nx * zx) - edges.ny * zy) * edges.shrink
     base = edges.gx * (edges.offset * edges.nx - zx) + edges.gy * (edges.offset * edges.ny - zy)
-    first = edges.start * edges.stretch + base
-    last = edges.end * edges.stretch + base
+    first = torch.addcmul(base, edges.start, edges.stretch)
+    last = torch.addcmul(base, edges.end, edges.stretch)
     foot = torch.minimum(first.clamp(min=0.0), last)
-    square, nearest = (h * h + foot * foot).min(dim=0)
+    square, nearest = torch.addcmul(h * h + edges.padding, foot, foot).min(dim=0)
     inside = h.amin(dim=0) >= 0.0
-    h_near, foot = pick(h, nearest), pick(foot, nearest)
-    ux, uy = pick(edges.ux, nearest), pick(edges.uy, nearest)
+    h_near, foot = _pick(h, nearest), _pick(foot, nearest)
+    ux, uy = _pick(edges.ux, nearest), _pick(edges.uy, nearest)
     zero = torch.zeros_like(square)
     yx = torch.where(inside, zero, h_near * ux - foot * uy)
     yy = torch.where(inside, zero, h_near * uy + foot * ux)
@@ -123,119 +119,101 @@ def sight(edges: Edges, loc: Tensor) -> Sight:
 
 
 class Frame(NamedTuple):
-    r"""Orthonormal whitened axes at a reference point; (E, P) or (P,) each.
+    r"""Orthonormal whitened axes at a reference point of each cell; (E, P) or (P,) each.
 
-    The point (tau, eta) has log-density :math:`-(t_0^2 + s_0^2)/2 - \log 2\pi - t_0\tau - \tau^2/2 - s_0\eta - \eta^2/2`
-    and lies in the cell if ``slack - along * tau - across * eta >= 0`` for all edges.
+    The point (tau, eta) has log-density :math:`-|y_0|^2/2 - \log 2\pi - t_0\tau - \tau^2/2 - s_0\eta - \eta^2/2`,
+    where :math:`y_0 = (t_0, s_0)` is the reference point, and lies in the cell if
+    ``slack - along * tau - across * eta >= 0`` for all edges.
     """
 
     t0: Tensor
     s0: Tensor
     slack: Tensor
     along: Tensor
-    across: Tensor
+    across: Tensor  # never zero
     tau_first: Tensor  # ends of the edges along the slicing axis
     tau_last: Tensor
     zx: Tensor  # reference point on the original plane
     zy: Tensor
-    jxx: Tensor  # image of the axes on the original plane: z = reference + (jxx, jyx) tau + (jxy, jyy) eta
-    jxy: Tensor
-    jyx: Tensor
-    jyy: Tensor
+    jxt: Tensor  # image of the axes on the original plane: x = zx + jxt tau + jxs eta, y likewise
+    jxs: Tensor
+    jyt: Tensor
+    jys: Tensor
 
 
-def longest(edges: Edges, view: Sight) -> tuple[Tensor, Tensor]:
+def _longest(edges: Edges, view: Sight) -> tuple[Tensor, Tensor]:
     """The edge longest in sight of the mean, and whether the cell is thin there.
 
-    A cell is thin if the chord from that edge's middle straight across is short against the density's scale;
-    its width must then be read off pairs of edges, for vertices would lose its digits.
+    A cell is thin if the chord from the middle of that edge straight across is short against the density's scale.
     """
-    square = (view.distance * view.distance - view.h * view.h + WINDOW * WINDOW).clamp(min=0.0)
+    square = (view.distance * view.distance + WINDOW * WINDOW - view.h * view.h).clamp(min=0.0)
     reach = square.sqrt()
     first, last = torch.maximum(view.first, -reach), torch.minimum(view.last, reach)
     length, at = (last - first).max(dim=0)
-    middle = 0.5 * (pick(first, at) + pick(last, at))
-    ux, uy = pick(edges.ux, at), pick(edges.uy, at)
+    middle = 0.5 * (_pick(first, at) + _pick(last, at))
+    ux, uy = _pick(edges.ux, at), _pick(edges.uy, at)
     closing = -(edges.ux * ux + edges.uy * uy)
     turning = edges.uy * ux - edges.ux * uy
-    gap = view.h + pick(view.h, at) * closing - middle * turning
-    chord = torch.where(closing > 0.0, gap / closing, torch.full_like(gap, torch.inf)).amin(dim=0)
+    gap = torch.addcmul(view.h, closing, _pick(view.h, at)).addcmul_(turning, middle, value=-1.0)
+    away = (closing <= 0.0) * 1e300  # edges that do not close in
+    chord = (gap / F.threshold(closing, 0.0, 1.0)).add_(away).add_(edges.padding).amin(dim=0)
     return at, (length > 0.0) & (chord * view.distance.clamp(min=1.0) < _THIN)
 
 
-def _slacks(edges: Edges, at: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whitened slack of every edge at ``position`` on the line of edge ``at``, its rate along it, and that point.
+def slicing_frame(edges: Edges, view: Sight, loc: Tensor) -> Frame:
+    """Axes at the point nearest the mean, slicing away from the mean; for a thin cell, along its longest edge.
 
-    Nearly parallel edges are compared through sums or differences of their offsets and normals, so that the
-    gap between them keeps all its digits.
+    All is measured from one edge, the nearest or the longest. Nearly parallel edges are compared with it through
+    sums or differences of their offsets and normals, so that the width of a thin cell keeps all its digits.
     """
-    nx, ny, offset = pick(edges.nx, at), pick(edges.ny, at), pick(edges.offset, at)
+    longest, thin = _longest(edges, view)
+    at = torch.where(thin, longest, view.nearest)
+    nx, ny, offset = _pick(edges.nx, at), _pick(edges.ny, at), _pick(edges.offset, at)
+    ux, uy, h = _pick(edges.ux, at), _pick(edges.uy, at), _pick(view.h, at)
+    base, stretch = _pick(view.base, at), _pick(edges.stretch, at)
+
+    # Axes in terms of that edge's tangent and inward normal.
+    coordinate = view.yy * ux - view.yx * uy
+    side = torch.where(coordinate < 0.0, -1.0, 1.0).to(h.dtype)
+    apart = view.distance > 0.0
+    cos = torch.where(thin, side, torch.where(apart, coordinate / view.distance, torch.zeros_like(h)))
+    sin = torch.where(thin, torch.zeros_like(h), torch.where(apart, -h / view.distance, torch.ones_like(h)))
+    t0 = torch.where(thin, coordinate.abs(), view.distance)
+    s0 = torch.where(thin, -h * cos, torch.zeros_like(h))
+
+    # Reference point, and every edge's slack there.
+    nearest = torch.minimum(torch.maximum(-base / stretch, _pick(edges.start, at)), _pick(edges.end, at))
+    position = torch.where(thin, (coordinate - base) / stretch, nearest)
     sign = torch.sign(edges.nx * nx + edges.ny * ny)
     dx, dy = edges.nx - sign * nx, edges.ny - sign * ny
-    rate = dy * nx - dx * ny
+    turning = dy * nx - dx * ny
     gap = (edges.offset - sign * offset) - offset * (dx * nx + dy * ny)
-    slack = (gap - position * rate) * edges.shrink + edges.padding
-    return slack, rate * edges.shrink, offset * nx - position * ny, offset * ny + position * nx
+    slack = torch.addcmul(gap, position, turning, value=-1.0).mul_(edges.shrink)
+    zx, zy = offset * nx - position * ny, offset * ny + position * nx
+    at_mean = view.inside & ~thin
+    slack = slack + (view.h - slack) * at_mean + edges.padding
+    zx, zy = torch.where(at_mean, loc[0], zx), torch.where(at_mean, loc[1], zy)
 
-
-def _frame(
-    edges: Edges,
-    view: Sight,
-    axis: tuple[Tensor, Tensor, Tensor],
-    origin: tuple[Tensor, Tensor],
-    reference: tuple[Tensor, Tensor],
-    slack: Tensor,
-    along: Tensor,
-) -> Frame:
-    ex, ey, turn = axis
-    fx, fy = -ey * turn, ex * turn
-    # Edges along the slicing direction but for rounding become steep lines that start and end at one place.
-    across = F.hardshrink(edges.ux * fx + edges.uy * fy, _STEEP)
-    heading = -turn * across
-    across = across + (across == 0.0) * _STEEP
-    shift = view.h * along - origin[0]
+    p, q = turning * (edges.shrink / stretch), edges.ux * -ux - edges.uy * uy
+    along = cos * p + sin * q
+    across = F.hardshrink(cos * q - sin * p, _STEEP)
+    shift = view.h * along - t0
+    first, last = (
+        (end * -across).nan_to_num_(0.0, torch.inf, -torch.inf) + shift for end in (view.first, view.last)
+    )
+    ex, ey = -cos * uy - sin * ux, cos * ux - sin * uy
     return Frame(
-        t0=origin[0],
-        s0=origin[1],
+        t0=t0,
+        s0=s0,
         slack=slack,
         along=along,
-        across=across,
-        tau_first=(view.first * heading).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf) + shift,
-        tau_last=(view.last * heading).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf) + shift,
-        zx=reference[0],
-        zy=reference[1],
-        jxx=edges.c11 * ex,
-        jxy=edges.c11 * fx,
-        jyx=edges.c21 * ex + edges.c22 * ey,
-        jyy=edges.c21 * fx + edges.c22 * fy,
-    )
-
-
-def nearest_frame(edges: Edges, view: Sight, loc: Tensor) -> Frame:
-    """Axes at the cell's nearest point, slicing away from the mean (or across the nearest edge from inside)."""
-    at = view.nearest
-    base, stretch = pick(view.base, at), pick(edges.stretch, at)
-    position = torch.minimum(torch.maximum(-base / stretch, pick(edges.start, at)), pick(edges.end, at))
-    slack, _, zx, zy = _slacks(edges, at, position)
-    apart = view.distance > 0.0
-    ex = torch.where(apart, view.yx / view.distance, -pick(edges.ux, at))
-    ey = torch.where(apart, view.yy / view.distance, -pick(edges.uy, at))
-    slack = torch.where(view.inside, view.h, slack)
-    zx, zy = torch.where(view.inside, loc[0], zx), torch.where(view.inside, loc[1], zy)
-    turn, zero = torch.ones_like(ex), torch.zeros_like(ex)
-    along = edges.ux * ex + edges.uy * ey
-    return _frame(edges, view, (ex, ey, turn), (view.distance, zero), (zx, zy), slack, along)
-
-
-def edge_frame(edges: Edges, view: Sight, at: Tensor) -> Frame:
-    """Axes along edge ``at`` of a thin cell, with the point of its line nearest the cell's nearest point as origin."""
-    ux, uy = pick(edges.ux, at), pick(edges.uy, at)
-    coordinate = view.yy * ux - view.yx * uy
-    turn = torch.where(coordinate < 0.0, -torch.ones_like(ux), torch.ones_like(ux))
-    stretch = pick(edges.stretch, at)
-    position = (coordinate - pick(view.base, at)) / stretch
-    slack, rate, zx, zy = _slacks(edges, at, position)
-    axis = (-uy * turn, ux * turn, turn)
-    return _frame(
-        edges, view, axis, (coordinate.abs(), -pick(view.h, at)), (zx, zy), slack, rate * turn / stretch
+        across=across + (across == 0.0) * _STEEP,
+        tau_first=first,
+        tau_last=last,
+        zx=zx,
+        zy=zy,
+        jxt=edges.c11 * ex,
+        jxs=edges.c11 * -ey,
+        jyt=edges.c21 * ex + edges.c22 * ey,
+        jys=edges.c22 * ex - edges.c21 * ey,
     )

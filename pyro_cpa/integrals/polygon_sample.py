@@ -36,8 +36,8 @@ def draw_points(frame: Frame, count: int) -> Tensor:
         tau_drawn[:, drawn] = (panels.middle[chosen] + panels.half[chosen] * x).view(count, -1)
         eta_drawn[:, drawn] = _across(frame, panels, chosen, x).view(count, -1)
     # A cell without interior leaves nothing to draw: its reference point.
-    x = frame.zx + frame.jxx * tau_drawn + frame.jxy * eta_drawn
-    return torch.stack([x, frame.zy + frame.jyx * tau_drawn + frame.jyy * eta_drawn])
+    x = frame.zx + frame.jxt * tau_drawn + frame.jxs * eta_drawn
+    return torch.stack([x, frame.zy + frame.jyt * tau_drawn + frame.jys * eta_drawn])
 
 
 def _choose(pair: Tensor, mass: Tensor, total: Tensor, drawn: Tensor, count: int) -> Tensor:

@@ -27,8 +27,7 @@ __all__ = ["Panels", "by_width", "cut", "integrate"]
 
 _DECAY, _SPREAD = 26.0, 6.0  # 16 nodes integrate exp(-x) over so many units, or exp(-x^2/2), to 1e-12
 _SHORT = 0.17  # share of those units that 8 nodes do as well
-_BLOCK = 32768  # nodes worked on at a time: what a processor's cache holds
-_STEEP = 1e-15  # an edge this close to the slicing direction only bounds the slices' range
+_BLOCK = 32768  # nodes per thread worked on at a time: what a processor's cache holds
 _NARROW = 0.05  # half-width below which the difference of two error functions loses digits
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
@@ -49,31 +48,38 @@ class Panels(NamedTuple):
 
 
 def _sort_rows(rows: Tensor) -> Tensor:
-    """Sorts each column of a few rows in place, by odd-even transposition (many times faster than ``sort``)."""
+    """Sorts each column of a few rows in place, by odd-even transposition: many times faster than ``sort``."""
     count = rows.shape[0]
     for turn in range(count):
-        pairs = rows[turn % 2 : turn % 2 + 2 * ((count - turn % 2) // 2)]
-        smaller, larger = torch.minimum(pairs[::2], pairs[1::2]), torch.maximum(pairs[::2], pairs[1::2])
-        pairs[::2], pairs[1::2] = smaller, larger
+        stop = count - (count - turn) % 2
+        upper, lower = rows[turn % 2 : stop : 2], rows[turn % 2 + 1 : stop : 2]
+        smaller = torch.minimum(upper, lower)
+        torch.maximum(upper, lower, out=lower)
+        upper.copy_(smaller)
     return rows
 
 
 def _breaks(frame: Frame) -> Tensor:
-    """Where the slices' boundary may bend, and the window's ends: (2 E + 2, P), ascending."""
-    square = WINDOW * WINDOW + 4.0
+    """Where the slices' boundary may bend, between the window's ends: (2 E + 2, P), ascending."""
+    square = WINDOW * WINDOW + 4.0  # a thin cell's reference point may be a little farther than its nearest
     high = square / (frame.t0 + torch.sqrt(frame.t0 * frame.t0 + square))
     low = torch.full_like(high, -WINDOW)
     # Where an edge leaves the window |eta| <= WINDOW the window bounds the slice instead.
-    left = (frame.slack - WINDOW * frame.across) / frame.along
-    right = (frame.slack + WINDOW * frame.across) / frame.along
+    left = torch.add(frame.slack, frame.across, alpha=-WINDOW).div_(frame.along)
+    right = torch.add(frame.slack, frame.across, alpha=WINDOW).div_(frame.along)
     left, right = torch.minimum(left, right), torch.maximum(left, right)
-    first = torch.minimum(torch.maximum(frame.tau_first, left), right)
+    first = torch.minimum(torch.maximum(frame.tau_first, left), right).nan_to_num_()
     last = torch.minimum(torch.maximum(frame.tau_last, left), right)
     # A vertex is the first end of one edge and the last of another: it counts once.
     leaves = last != frame.tau_last
-    first, last = (torch.minimum(torch.maximum(end.nan_to_num_(), low), high) for end in (first, last))
-    last = low + (last - low) * leaves
-    return _sort_rows(torch.cat([first, last, low.unsqueeze(0), high.unsqueeze(0)]))
+    last.nan_to_num_()
+    edges = first.shape[0]
+    breaks = torch.cat([low.unsqueeze(0), first, last, high.unsqueeze(0)])
+    inner = breaks[1:-1]
+    torch.minimum(torch.maximum(inner, low, out=inner), high, out=inner)
+    breaks[edges + 1 : -1].sub_(low).mul_(leaves).add_(low)
+    _sort_rows(inner)
+    return breaks
 
 
 def _distance(frame: Frame, side: float, *points: Tensor) -> list[Tensor]:
@@ -99,7 +105,7 @@ def cut(frame: Frame) -> Panels:
     (up_1, up_2), (down_1, down_2) = _distance(frame, 1.0, *inner), _distance(frame, -1.0, *inner)
     radius = 0.25 * ((up_1 + down_1) + (up_2 + down_2))
     kept = torch.nonzero(((half > 0.0) & (radius > 0.0)).view(-1)).squeeze(-1)
-    pair = kept % breaks.shape[1]
+    pair = torch.arange(breaks.shape[1], device=kept.device).expand_as(half).reshape(-1).index_select(0, kept)
     up_1, up_2, down_1, down_2, middle, half, radius = (
         field.reshape(-1).index_select(0, kept)
         for field in (up_1, up_2, down_1, down_2, middle, half, radius)
@@ -143,9 +149,10 @@ def integrate(frame: Frame, panels: Panels) -> Tensor:
     r"""Integrals of 1, tau, eta, tau^2, tau eta, eta^2 under ``exp(-t0 tau - tau^2/2 - s0 eta - eta^2/2)``: (6, Q)."""
     result = frame.t0.new_empty(6, panels.pair.shape[0])
     few = panels.size <= _SHORT
+    block = _BLOCK * torch.get_num_threads()
     for chosen, slices in by_width(frame, panels):
         for nodes, sized in ((8, few), (16, ~few)):
-            for index in torch.nonzero(chosen & sized).squeeze(-1).split(_BLOCK // nodes):
+            for index in torch.nonzero(chosen & sized).squeeze(-1).split(block // nodes):
                 part = Panels(*(field.index_select(0, index) for field in panels))
                 t0, s0 = frame.t0.index_select(0, part.pair), frame.s0.index_select(0, part.pair)
                 result[:, index] = _quadrature(part, t0, s0, slices, nodes)
