@@ -19,10 +19,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_cpa.errors import InvalidData, UnsupportedModel
+from pyro_cpa.infer.evidence import log_evidence
 
 __all__ = ["AlternatingTrainer", "Record"]
 
 _EVALUATION_SEED = 20220807  # any fixed number: every evaluation draws the same noise
+_EVALUATION_CHUNK = 50  # particles in memory at a time
 
 
 class Record(NamedTuple):
@@ -59,7 +61,7 @@ class AlternatingTrainer:
             the number of the epoch alone, so that a resumed run sees the same minibatches.
         seed: of the shuffling.
         evidence: called with the arguments of the model, returns log p(x), as a total or one value a row;
-            None for :func:`~pyro_cpa.infer.log_evidence`, exact where it can be.
+            None for :func:`~pyro_cpa.infer.log_evidence`: exact if the guide is, else by 1000 particles.
 
     Raises:
         InvalidData: for phases or arguments that are not as described.
@@ -126,7 +128,7 @@ class AlternatingTrainer:
         self.elbo: Any = elbo  # the base class declares no loss methods
         self.phases = [(str(name), int(steps)) for name, steps in phases]
         self.batch_size, self.seed = batch_size, seed
-        self.evidence = _default_evidence(model, guide) if evidence is None else evidence
+        self.evidence = self._estimate if evidence is None else evidence
         self.steps = 0
         self.history: list[Record] = []
         self.stopped = False
@@ -272,6 +274,9 @@ class AlternatingTrainer:
         if on_log is not None:
             on_log(record)
 
+    def _estimate(self, *args: Any) -> Tensor:
+        return log_evidence(self.model, self.guide, *args, chunk_size=_EVALUATION_CHUNK).log_prob
+
     def _remember(self, record: Record, data: Sequence[Any], patience: int) -> None:
         if self._best is None or record.evidence > self._best["evidence"]:
             parameters = {name: value.clone() for name, value in self._parameters(data).items()}
@@ -309,12 +314,3 @@ def _num_rows(data: Sequence[Any]) -> int:
     if not data or not isinstance(data[0], Tensor) or data[0].dim() == 0:
         raise InvalidData("the first argument is no tensor with rows; expected the data, (N, ...).")
     return len(data[0])
-
-
-def _default_evidence(model: Callable, guide: Callable) -> Callable[..., Any]:
-    def evidence(*args: Any) -> Any:
-        from pyro_cpa.infer.evidence import log_evidence
-
-        return log_evidence(model, guide, *args)
-
-    return evidence

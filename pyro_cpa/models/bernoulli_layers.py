@@ -13,7 +13,6 @@ Three models differ only in the maps between layers, in the prior of the top and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -24,6 +23,7 @@ from pyro.nn.module import pyro_method
 from torch import Tensor, nn
 
 from pyro_cpa.errors import InvalidData
+from pyro_cpa.infer.evidence import Evidence, log_evidence
 
 __all__ = [
     "AbstractBernoulliStack",
@@ -260,20 +260,20 @@ class AbstractBernoulliStack(PyroModule):
 
     # ---- uses ------------------------------------------------------------------------------------------
 
-    def log_evidence(self, x: Tensor, num_particles: int = 1000, chunk_size: int | None = None) -> Any:
+    def log_evidence(self, x: Tensor, num_particles: int = 1000, chunk_size: int | None = None) -> Evidence:
         """log p(x) by importance sampling from the guide; see :func:`~pyro_cpa.infer.log_evidence`.
 
         Args:
             x: (N, D) binary.
             num_particles: K.
-            chunk_size: particles in memory at a time.
-        """
-        from pyro_cpa.infer.evidence import log_evidence
+            chunk_size: particles in memory at a time; by default all.
 
-        with torch.no_grad():
-            return log_evidence(
-                self.model, self.guide, self.check(x), num_particles=num_particles, chunk_size=chunk_size
-            )
+        Returns:
+            ``log_prob``, ``standard_error`` and ``ess``, (N,) each.
+        """
+        return log_evidence(
+            self.model, self.guide, self.check(x), num_particles=num_particles, chunk_size=chunk_size
+        )
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> list[Tensor]:

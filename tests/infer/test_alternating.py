@@ -186,6 +186,12 @@ def test_the_log_does_not_change_the_run():
     assert torch.equal(other.guide.slope, weight)
 
 
+def test_evidence_is_estimated_where_none_is_given():
+    x, run = data(20), trainer(Trace_ELBO(), phases=[("E", 150)], lr=0.05, evidence=None)
+    log = run.fit(x, num_steps=150, log_every=150, progress=False)
+    assert abs(log[-1].evidence - run.model.log_evidence(x).mean().item()) < 0.02
+
+
 def test_lines_of_the_log_share_their_noise():
     x, run = data(20), trainer(Trace_ELBO())
     for seed in (1, 2):
