@@ -62,8 +62,10 @@ def scipy_pairs(px: CPAMarginal, x: np.ndarray) -> np.ndarray:
                 low, high = float(part.cells.lower[r]), float(part.cells.upper[r])
                 deviation = S[0, 0] ** 0.5
                 left, right = (low - mu[0]) / deviation, (high - mu[0]) / deviation
-                mass = norm.cdf(right) - norm.cdf(left) if left < 0 < right else abs(
-                    np.exp(log_ndtr(-abs(left))) - np.exp(log_ndtr(-abs(right)))
+                mass = (
+                    norm.cdf(right) - norm.cdf(left)
+                    if left < 0 < right
+                    else abs(np.exp(log_ndtr(-abs(left))) - np.exp(log_ndtr(-abs(right))))
                 )
             else:
                 mass = _edge_mass(part.cells, r, mu, S)
@@ -91,7 +93,11 @@ def _edge_mass(cells, r: int, mu: np.ndarray, S: np.ndarray) -> float:
         along = axis @ np.linalg.solve(C, t)
         start = axis @ np.linalg.solve(C, c * n - mu)
         low, high = float(cells.starts[r, e]) * along + start, float(cells.ends[r, e]) * along + start
-        value = quad(lambda s, h=h: np.exp(-(h * h + s * s) / 2) * abs(h) / (h * h + s * s), max(low, -40), min(high, 40))[0]
+        value = quad(
+            lambda s, h=h: np.exp(-(h * h + s * s) / 2) * abs(h) / (h * h + s * s),
+            max(low, -40),
+            min(high, 40),
+        )[0]
         total += np.sign(h) * value
     return inside - total / (2 * np.pi)
 
@@ -146,10 +152,13 @@ def peak_memory(smoke: bool) -> list[dict]:
             "px = CPAMarginal(decoder_of(2, 24, 10), 0.3); x = px.sample((%d,)).detach()\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "px.log_prob(x).sum().backward()\n"
-            "print(px.partition.num_regions, before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n" % N
+            "print(px.partition.num_regions, before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+            % N
         )
         root = Path(__file__).parents[1]
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+        found = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+        )
         R, before, after = map(int, found.stdout.split())
         rows.append(
             {
@@ -243,8 +252,12 @@ def show(title: str, rows: list[dict], name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; figures mean nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="seconds instead of minutes; figures mean nothing"
+    )
     smoke = parser.parse_args().smoke
     warnings.filterwarnings("ignore", message="the normal matrix")
     torch.set_default_dtype(torch.float64)

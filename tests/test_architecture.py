@@ -105,9 +105,9 @@ def test_files_are_small_headed_and_say_what_is_public(path):
     assert ast.get_docstring(tree), "no module docstring"
     public = [n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
     assert len(public) == 1, "no __all__"
-    assert all(not isinstance(n, ast.Assert) or "is not None" in ast.unparse(n.test) for n in ast.walk(tree)), (
-        "an assert: user errors raise a CPAError"
-    )
+    assert all(
+        not isinstance(n, ast.Assert) or "is not None" in ast.unparse(n.test) for n in ast.walk(tree)
+    ), "an assert: user errors raise a CPAError"
 
 
 STATE = """

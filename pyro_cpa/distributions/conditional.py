@@ -65,7 +65,9 @@ class CPAConditional(TorchDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> CPAConditional:
         new = self._get_checked_instance(CPAConditional, _instance)
-        x = self._x.reshape(self._base_shape + self._x.shape[-1:]).expand(torch.Size(batch_shape) + self._x.shape[-1:])
+        x = self._x.reshape(self._base_shape + self._x.shape[-1:]).expand(
+            torch.Size(batch_shape) + self._x.shape[-1:]
+        )
         CPAConditional.__init__(new, self.joint, x.to(self._dtype), validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -102,7 +104,9 @@ class CPAConditional(TorchDistribution):
             images = torch.einsum("rdl,nrl->nrd", slopes, posterior.mean) + self.joint.offsets
             centred = images - torch.einsum("nr,nrd->nd", probs, images)[:, None]
             decoded = torch.einsum("nr,nrd,nre->nde", probs, centred, centred)
-            decoded = decoded + torch.einsum("nr,rdl,nrlm,rem->nde", probs, slopes, posterior.covariance, slopes)
+            decoded = decoded + torch.einsum(
+                "nr,rdl,nrlm,rem->nde", probs, slopes, posterior.covariance, slopes
+            )
             given = missing_given_observed(self.joint.noise.covariance_matrix, self._x[rows])
             found.append(given.gain @ decoded @ given.gain.mT + given.left)
         return self._shaped(torch.cat(found))
@@ -159,6 +163,8 @@ class CPAConditional(TorchDistribution):
         if bool(full.isnan().any()):
             raise InvalidData("a completed datum still holds NaN: give every entry a value")
         if not torch.allclose(torch.where(known.isnan(), full, known), full, rtol=1e-6):
-            raise InvalidData("a completed datum differs from the observed entries: change only the missing ones")
+            raise InvalidData(
+                "a completed datum differs from the observed entries: change only the missing ones"
+            )
         found = evidence(self.joint, full) - evidence(self.joint, known)
         return found.reshape(shape).to(self._dtype)

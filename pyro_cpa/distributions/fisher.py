@@ -71,7 +71,9 @@ class _Evidence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         joint: PiecewiseJoint = ctx.joint
         x, *parameters = ctx.saved_tensors
-        chunks = [(slice(0, len(x)), ctx.posterior)] if ctx.posterior is not None else region_posteriors(joint, x)
+        chunks = (
+            [(slice(0, len(x)), ctx.posterior)] if ctx.posterior is not None else region_posteriors(joint, x)
+        )
         total, grad_x = None, torch.zeros_like(x)
         for rows, posterior in chunks:
             part = accumulate(joint, x[rows], posterior, grad[rows])
@@ -83,7 +85,9 @@ class _Evidence(torch.autograd.Function):
         if wanted and total is not None:
             with torch.enable_grad():
                 slopes, offsets, noise, loc, tril = leaves = [p.detach().requires_grad_() for p in parameters]
-                expected = total.expected_log_likelihood(slopes, offsets, noise) + total.expected_log_prior(loc, tril)
+                expected = total.expected_log_likelihood(slopes, offsets, noise) + total.expected_log_prior(
+                    loc, tril
+                )
                 found = torch.autograd.grad(expected, [leaves[i] for i in wanted])
             for i, g in zip(wanted, found, strict=True):
                 grads[i] = g

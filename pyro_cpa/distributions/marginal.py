@@ -145,7 +145,10 @@ class CPAMarginal(TorchDistribution):
         """Reparameterised draws of x: z from the prior, decoded, plus noise."""
         shape = torch.Size(sample_shape) + self.batch_shape
         like = self._prior_loc
-        z = self._prior_loc + torch.randn(shape + like.shape, dtype=like.dtype, device=like.device) @ self._prior_tril.mT
+        z = (
+            self._prior_loc
+            + torch.randn(shape + like.shape, dtype=like.dtype, device=like.device) @ self._prior_tril.mT
+        )
         region = self.partition.locate(z.detach())
         slopes, offsets = self.partition.affine_maps()
         mean = (slopes[region] @ z[..., None])[..., 0] + offsets[region]

@@ -15,7 +15,9 @@ __all__ = ["check_data", "noise_factor", "prior_factors"]
 def check_data(x: Tensor, data_dim: int) -> Tensor:
     """x (..., D) as (N, D) float64; an error says where it is not data: wrong width, or infinite entries."""
     if not isinstance(x, Tensor):
-        raise InvalidData(f"the data is a {type(x).__name__}: expected a torch tensor (torch.as_tensor makes one)")
+        raise InvalidData(
+            f"the data is a {type(x).__name__}: expected a torch tensor (torch.as_tensor makes one)"
+        )
     if x.dim() == 0 or x.shape[-1] != data_dim:
         raise InvalidData(
             f"the data has shape {tuple(x.shape)}, but the decoder's output has {data_dim} dimensions: "
@@ -32,17 +34,25 @@ def check_data(x: Tensor, data_dim: int) -> Tensor:
     return flat
 
 
-def noise_factor(scale: Tensor | float | None, covariance_matrix: Tensor | None, D: int, like: Tensor) -> Tensor:
+def noise_factor(
+    scale: Tensor | float | None, covariance_matrix: Tensor | None, D: int, like: Tensor
+) -> Tensor:
     """(D,) standard deviations, or the (D, D) lower Cholesky factor of a full covariance."""
     if (scale is None) == (covariance_matrix is None):
-        raise InvalidData("give the noise of x given z either as scale= or as covariance_matrix=, exactly one of them")
+        raise InvalidData(
+            "give the noise of x given z either as scale= or as covariance_matrix=, exactly one of them"
+        )
     if covariance_matrix is not None:
         return _cholesky(covariance_matrix, D, like, "covariance_matrix")
     value = torch.as_tensor(scale, dtype=like.dtype, device=like.device)
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] not in (1, D)):
-        raise InvalidData(f"scale has shape {tuple(value.shape)}: expected a number or one per dimension, ({D},)")
+        raise InvalidData(
+            f"scale has shape {tuple(value.shape)}: expected a number or one per dimension, ({D},)"
+        )
     if not bool((value.isfinite() & (value > 0)).all()):
-        raise InvalidData(f"scale is {value.detach().flatten().tolist()}: standard deviations must be finite and > 0")
+        raise InvalidData(
+            f"scale is {value.detach().flatten().tolist()}: standard deviations must be finite and > 0"
+        )
     return value.expand(D)
 
 
@@ -52,7 +62,9 @@ def prior_factors(
     """Prior mean (L,) and lower Cholesky factor (L, L) of the prior covariance."""
     mean = torch.zeros_like(like[0, :1]).expand(L) if loc is None else torch.as_tensor(loc).to(like)
     if mean.shape != (L,) or not bool(mean.isfinite().all()):
-        raise InvalidData(f"loc has shape {tuple(mean.shape)}: expected {L} finite numbers, the prior mean of z")
+        raise InvalidData(
+            f"loc has shape {tuple(mean.shape)}: expected {L} finite numbers, the prior mean of z"
+        )
     if prior_covariance is None:
         return mean, torch.eye(L, dtype=like.dtype, device=like.device)
     return mean, _cholesky(prior_covariance, L, like, "prior_covariance")

@@ -72,9 +72,7 @@ def _lower_factor(slopes: Tensor) -> Tensor:
     """
     L = slopes.shape[-1]
     eye = torch.eye(L, dtype=slopes.dtype, device=slopes.device)
-    columns = [
-        torch.cat([slopes[..., j], eye[j].expand(slopes.shape[:-2] + (L,))], dim=-1) for j in range(L)
-    ]
+    columns = [torch.cat([slopes[..., j], eye[j].expand(slopes.shape[:-2] + (L,))], dim=-1) for j in range(L)]
     factor = slopes.new_zeros(slopes.shape[:-2] + (L, L))
     for j in reversed(range(L)):
         norm = torch.linalg.vector_norm(columns[j], dim=-1)
@@ -213,7 +211,11 @@ class PiecewiseJoint:
             weight = observed / self.noise.scale
             log_det = (observed * self.noise.scale.log()).sum(-1) + log_2pi
             return _Whitened(
-                data * weight, slopes * weight[:, None, :, None], offsets * weight[:, None], log_2pi * 0, log_det
+                data * weight,
+                slopes * weight[:, None, :, None],
+                offsets * weight[:, None],
+                log_2pi * 0,
+                log_det,
             )
         tril = observed_tril(self.noise.covariance_matrix, missing)
         R, D, L = slopes.shape
@@ -228,4 +230,3 @@ class PiecewiseJoint:
             log_2pi * 0,
             log_det,
         )
-

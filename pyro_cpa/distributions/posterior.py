@@ -83,7 +83,10 @@ class CPAPosterior(TorchDistribution):
         new = self._get_checked_instance(CPAPosterior, _instance)
         batch_shape = torch.Size(batch_shape)
         grown = len(self._base_shape) > len(batch_shape) or any(
-            a != b for a, b in zip(self._base_shape, batch_shape[len(batch_shape) - len(self._base_shape) :], strict=True)
+            a != b
+            for a, b in zip(
+                self._base_shape, batch_shape[len(batch_shape) - len(self._base_shape) :], strict=True
+            )
         )
         new.joint, new._dtype, new._kept = self.joint, self._dtype, self._kept
         if grown:
@@ -196,7 +199,9 @@ class CPAPosterior(TorchDistribution):
         """
         probabilities = torch.as_tensor(levels, dtype=torch.float64, device=self._x.device)
         if probabilities.dim() != 1 or not bool(((probabilities > 0) & (probabilities < 1)).all()):
-            raise InvalidData(f"levels is {levels}: expected a list of probabilities strictly between 0 and 1")
+            raise InvalidData(
+                f"levels is {levels}: expected a list of probabilities strictly between 0 and 1"
+            )
         mean, covariance = self._mixture_moments()
         deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
         found = []
@@ -232,7 +237,11 @@ class CPAPosterior(TorchDistribution):
             loc, tril = chunk.pieces.loc, chunk.pieces.scale_tril
             nearest = integrals.nearest_point(self.joint.partition.cells, loc, tril)
             white = torch.linalg.solve_triangular(tril, (nearest - loc)[..., None], upper=False)[..., 0]
-            peak = chunk.pieces.log_k - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 0.5 * white.square().sum(-1)
+            peak = (
+                chunk.pieces.log_k
+                - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+                - 0.5 * white.square().sum(-1)
+            )
             best = peak.argmax(-1)
             found.append(nearest[torch.arange(len(best), device=best.device), best])
         return self._shaped(torch.cat(found))

@@ -138,7 +138,9 @@ class AutoCPAPosterior(AutoGuide):
     def _posterior(self, problem: ExactProblem) -> CPAPosterior:
         partition = self.partition()
         given = (partition, problem.x, problem.prior_loc, problem.prior_tril, problem.noise_scale)
-        if self._solved is None or not all(_identical(a, b) for a, b in zip(self._solved[0], given, strict=True)):
+        if self._solved is None or not all(
+            _identical(a, b) for a, b in zip(self._solved[0], given, strict=True)
+        ):
             with torch.no_grad():
                 posterior = self._marginal(problem).posterior(problem.x)
             kept = tuple(g.detach().clone() if isinstance(g, Tensor) else g for g in given)
@@ -174,7 +176,9 @@ class AutoCPAPosterior(AutoGuide):
     ) -> tuple[dict[str, pyro.plate], poutine.Trace | None]:
         """The guide's plates by name, and a trace of their minibatches where some plate is subsampled."""
         self._prototype_frames = {
-            frame.name: frame for _, site in trace.iter_stochastic_nodes() for frame in site["cond_indep_stack"]
+            frame.name: frame
+            for _, site in trace.iter_stochastic_nodes()
+            for frame in site["cond_indep_stack"]
         }
         for frame in self._prototype_frames.values():
             if not frame.vectorized:
@@ -183,7 +187,9 @@ class AutoCPAPosterior(AutoGuide):
                 )
         with poutine.trace() as drawn:
             plates = self._create_plates(*args, **kwargs)
-        subsampled = any(p.subsample_size != p.size for p in plates.values()) or self.create_plates is not None
+        subsampled = (
+            any(p.subsample_size != p.size for p in plates.values()) or self.create_plates is not None
+        )
         return plates, (drawn.trace if subsampled else None)
 
     def _sample_unobserved(
@@ -233,4 +239,6 @@ def _same(kept: list[Tensor], now: list[Tensor]) -> bool:
 def _identical(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+    )

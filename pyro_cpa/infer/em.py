@@ -212,7 +212,9 @@ class EM(AbstractExactFit):
 
     def _propose_output(self, state: _EStep) -> list[tuple[Target, Tensor]]:
         layer = state.partition.network.linears[-1]
-        weight, bias, lacking = m_step.output_layer(state.partition, state.statistics, state.noise_scale, self.ridge)
+        weight, bias, lacking = m_step.output_layer(
+            state.partition, state.statistics, state.noise_scale, self.ridge
+        )
         if lacking:
             self._warn(
                 "singular",
@@ -275,4 +277,6 @@ class EM(AbstractExactFit):
 
 def _unchanged(old: ExactProblem, new: ExactProblem) -> bool:
     pairs = [(getattr(old, n), getattr(new, n)) for n in ("x", "prior_loc", "prior_tril", "noise_scale")]
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True) for a, b in pairs)
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True) for a, b in pairs
+    )

@@ -96,7 +96,9 @@ def log_evidence(
             log_prob = guide.log_evidence(*args, **kwargs)
         return Evidence(log_prob, torch.zeros_like(log_prob), torch.full_like(log_prob, num_particles), True)
     if num_particles < 2:
-        raise InvalidData(f"num_particles is {num_particles}: an estimate with a standard error needs at least 2")
+        raise InvalidData(
+            f"num_particles is {num_particles}: an estimate with a standard error needs at least 2"
+        )
     with torch.no_grad():
         weights = sample_log_weights(
             model,
@@ -150,7 +152,9 @@ def pointwise_log_likelihood(
     with torch.no_grad():
         for _ in range(num_samples):
             drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-            trace = prune_subsample_sites(poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs))
+            trace = prune_subsample_sites(
+                poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+            )
             for name in trace.observation_nodes:
                 site = trace.nodes[name]
                 if site["infer"].get("_deterministic"):

@@ -94,7 +94,9 @@ def hidden_layer(
     weight = layer.weight.detach().double()
     penalty = torch.full_like(inputs[0, :, 0], ridge)
     penalty[weight.shape[1] :] = 0
-    current = weight if layer.bias is None else torch.cat([weight, layer.bias.detach().double()[:, None]], dim=1)
+    current = (
+        weight if layer.bias is None else torch.cat([weight, layer.bias.detach().double()[:, None]], dim=1)
+    )
 
     def normal(delta: Tensor) -> Tensor:
         image = white.mT @ (white @ (delta @ inputs @ statistics.zz))

@@ -64,11 +64,15 @@ def read_problem(trace: Trace, decoder: Callable[[Tensor], Tensor], check_mean: 
     sites = [
         (name, site)
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
     ]
     observed = [(n, s) for n, s in sites if s["is_observed"]]
     names = {n for n, _ in sites}
-    twins = {n for n in names if n.endswith("_unobserved") and n.removesuffix("_unobserved") + "_observed" in names}
+    twins = {
+        n for n in names if n.endswith("_unobserved") and n.removesuffix("_unobserved") + "_observed" in names
+    }
     latents = [(n, s) for n, s in sites if not s["is_observed"] and n not in twins]
     latent, prior = _only(latents, "latent")
     name, likelihood = _only(observed, "observed")
@@ -105,7 +109,9 @@ def read_problem(trace: Trace, decoder: Callable[[Tensor], Tensor], check_mean: 
 def _only(sites: list[tuple[str, dict]], kind: str) -> tuple[str, Any]:
     if len(sites) != 1:
         found = ", ".join(f"'{n}'" for n, _ in sites) or "none"
-        raise UnsupportedModel(f"the model has {len(sites)} {kind} sites ({found}): expected exactly one. {NEEDS}")
+        raise UnsupportedModel(
+            f"the model has {len(sites)} {kind} sites ({found}): expected exactly one. {NEEDS}"
+        )
     return sites[0]
 
 
@@ -139,7 +145,9 @@ def _factor(name: str, base: Any) -> Tensor:
     return _common(name, "covariance", base.scale_tril, 2)
 
 
-def _check_decoder(name: str, latent: str, mean: Tensor, decoder: Callable[[Tensor], Tensor], z: Tensor) -> None:
+def _check_decoder(
+    name: str, latent: str, mean: Tensor, decoder: Callable[[Tensor], Tensor], z: Tensor
+) -> None:
     with torch.no_grad(), poutine.block():
         expected = decoder(z)
     tolerance = 100 * torch.finfo(mean.dtype).eps

@@ -7,6 +7,7 @@
 ``moments``         the same with mean and covariance of the truncated Gaussian (``Moments``)
 ``log_mass_bound``  cheap upper bound on the log-mass
 ``sample``          exact draws of the truncated Gaussian
+``nearest_point``   its mode
 ==================  ======================================================================
 
 They dispatch on the kind of cells: whole space (any dimension), intervals, polygons.
@@ -14,5 +15,16 @@ They dispatch on the kind of cells: whole space (any dimension), intervals, poly
 
 from pyro_cpa.integrals import interval, polygon, whole_space
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
+from pyro_cpa.integrals.nearest import nearest_point
 
-__all__ = ["Moments", "interval", "log_mass", "log_mass_bound", "moments", "polygon", "sample", "whole_space"]
+__all__ = [
+    "Moments",
+    "interval",
+    "log_mass",
+    "log_mass_bound",
+    "moments",
+    "nearest_point",
+    "polygon",
+    "sample",
+    "whole_space",
+]

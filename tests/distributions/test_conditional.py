@@ -33,7 +33,9 @@ def test_linear_gaussian_conditional(full):
     for n in range(8):
         m, o = x[n].isnan(), ~x[n].isnan()
         gain = total[m][:, o] @ torch.linalg.inv(total[o][:, o])
-        torch.testing.assert_close(found.mean[n, m], mean[m] + gain @ (x[n, o] - mean[o]), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            found.mean[n, m], mean[m] + gain @ (x[n, o] - mean[o]), rtol=1e-10, atol=1e-10
+        )
         torch.testing.assert_close(found.mean[n, o], x[n, o], rtol=0, atol=0)
         left = total[m][:, m] - gain @ total[o][:, m]
         torch.testing.assert_close(found.covariance_matrix[n][m][:, m], left, rtol=1e-9, atol=1e-10)
@@ -58,7 +60,9 @@ def test_against_quadrature_over_the_latent(full):
         variance = torch.where(x.isnan(), weights @ g**2 - (weights @ g) ** 2 + 0.05, 0.0)
         torch.testing.assert_close(found.variance, variance, rtol=1e-7, atol=1e-7)
     draws = found.sample((100_000,))
-    torch.testing.assert_close(draws.nan_to_num()[:, ~x.isnan()], x[~x.isnan()].expand(100_000, -1), rtol=0, atol=0)
+    torch.testing.assert_close(
+        draws.nan_to_num()[:, ~x.isnan()], x[~x.isnan()].expand(100_000, -1), rtol=0, atol=0
+    )
     error = draws.std(0) / 100_000**0.5
     assert ((draws.mean(0) - found.mean).abs() <= 5 * error + 1e-12).all()
     centred = draws - found.mean

@@ -118,7 +118,9 @@ def test_rotated_product_of_two_lines(scale):
     mean = torch.cat([first.mean, second.mean], -1) @ turn
     torch.testing.assert_close(both.posterior(x).mean, mean, rtol=1e-8, atol=1e-9)
     spread = torch.diag_embed(torch.cat([first.variance, second.variance], -1))
-    torch.testing.assert_close(both.posterior(x).covariance_matrix, turn.mT @ spread @ turn, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(
+        both.posterior(x).covariance_matrix, turn.mT @ spread @ turn, rtol=1e-8, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("sizes", [(1, 5, 3), (2, 6, 3), (2, 4, 4, 3)])
@@ -127,7 +129,11 @@ def test_rotated_product_of_two_lines(scale):
 def test_gradients_by_finite_differences(sizes, noise, holes):
     decoder = net(*sizes)
     L, D = sizes[0], sizes[-1]
-    raw = {"scalar": torch.tensor(0.4), "diagonal": torch.rand(D) + 0.3, "full": torch.eye(D) + 0.3 * torch.randn(D, D)}
+    raw = {
+        "scalar": torch.tensor(0.4),
+        "diagonal": torch.rand(D) + 0.3,
+        "full": torch.eye(D) + 0.3 * torch.randn(D, D),
+    }
     raw, loc, factor = raw[noise].clone(), 0.1 * torch.randn(L), torch.eye(L) + 0.2 * torch.randn(L, L)
     parameters = [*decoder.parameters(), raw, loc, factor]
 

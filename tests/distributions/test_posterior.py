@@ -101,12 +101,16 @@ def test_linear_decoder_has_a_gaussian_posterior(L):
     W = decoder.weight.detach()
     precision = torch.eye(L) + W.mT @ torch.linalg.solve(covariance, W)
     exact = dist.MultivariateNormal(
-        torch.linalg.solve(precision, (W.mT @ torch.linalg.solve(covariance, (x - decoder.bias.detach()).mT))).mT,
+        torch.linalg.solve(
+            precision, (W.mT @ torch.linalg.solve(covariance, (x - decoder.bias.detach()).mT))
+        ).mT,
         precision_matrix=precision,
     )
     z = exact.sample()
     for name in ("mean", "covariance_matrix", "variance", "mode"):
-        torch.testing.assert_close(getattr(post, name), getattr(exact, name).expand_as(getattr(post, name)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            getattr(post, name), getattr(exact, name).expand_as(getattr(post, name)), rtol=1e-12, atol=1e-12
+        )
     torch.testing.assert_close(post.log_prob(z), exact.log_prob(z), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(post.entropy(), exact.entropy(), rtol=1e-12, atol=1e-12)
     assert px.partition.num_regions == 1
@@ -160,6 +164,10 @@ def test_streaming_changes_nothing():
     small = CPAMarginal(px.partition, 0.3, memory_budget=2**14)
     assert len(list(small.joint.chunks(x))) > 3
     for name in ("mean", "covariance_matrix", "region_probs", "mode", "log_evidence"):
-        torch.testing.assert_close(getattr(px.posterior(x), name), getattr(small.posterior(x), name), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(px.posterior(x).entropy(), small.posterior(x).entropy(), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            getattr(px.posterior(x), name), getattr(small.posterior(x), name), rtol=1e-11, atol=1e-11
+        )
+    torch.testing.assert_close(
+        px.posterior(x).entropy(), small.posterior(x).entropy(), rtol=1e-11, atol=1e-11
+    )
     assert small.posterior(x).sample((2,)).shape == (2, 30, 2)

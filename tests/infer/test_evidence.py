@@ -25,7 +25,9 @@ def guide(x, subsample_size=None):
 X = [0.0, 1.0, -2.0]
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 700}, {"vectorize_particles": False, "num_particles": 300}])
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_size": 700}, {"vectorize_particles": False, "num_particles": 300}]
+)
 def test_estimate_within_its_standard_error(options):
     x = torch.tensor(X)
     found = log_evidence(model, guide, x, **({"num_particles": 5000} | options))
@@ -75,7 +77,11 @@ def test_pointwise_log_likelihood_masks_and_shapes():
 
     keep = torch.tensor([True, False, True])
     found = pointwise_log_likelihood(
-        masked, lambda x, keep: pyro.sample("z", dist.Delta(torch.tensor(0.5))), torch.tensor(X), keep, num_samples=4
+        masked,
+        lambda x, keep: pyro.sample("z", dist.Delta(torch.tensor(0.5))),
+        torch.tensor(X),
+        keep,
+        num_samples=4,
     )
     assert set(found) == {"x"}
     expected = torch.where(keep, dist.Normal(0.5, 1.0).log_prob(torch.tensor(X)), 0.0)
