@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyro
 from pyro.nn.module import pyro_method
 from torch import Tensor, nn
 
+from pyro_cpa.infer.evidence import Evidence
 from pyro_cpa.models.latent_model import AbstractLatentModel, check_count, one_hot_labels
 from pyro_cpa.models.likelihoods import AbstractLikelihood, ContinuousBernoulli, Mode
 from pyro_cpa.models.networks import Activation, LabelledNetworks, LabelPlacement
@@ -140,7 +140,7 @@ class ConditionalVAE(AbstractLatentModel):
 
     def log_evidence(
         self, x: Tensor, y: Tensor | int, num_particles: int = 100, *, chunk_size: int | None = None
-    ) -> Any:
+    ) -> Evidence:
         """Importance-sampled log p(x_n | y_n) of every row, as :meth:`VAE.log_evidence`."""
         return self._log_evidence(x, y, num_particles=num_particles, chunk_size=chunk_size)
 

@@ -15,6 +15,7 @@ from pyro.nn.module import pyro_method
 from torch import Tensor, nn
 
 from pyro_cpa.errors import InvalidData, UnsupportedModel
+from pyro_cpa.infer.evidence import Evidence
 from pyro_cpa.models.latent_model import AbstractLatentModel, check_count, check_labels, one_hot_labels
 from pyro_cpa.models.likelihoods import AbstractLikelihood, Bernoulli, Mode
 from pyro_cpa.models.networks import Activation, LabelledNetworks, LabelPlacement, mlp, xavier_start
@@ -198,7 +199,7 @@ class GaussianMixtureVAE(AbstractLatentModel):
         y = self.cluster(x)
         return self.decode(self.encode(x, y), y, mode=mode)
 
-    def log_evidence(self, x: Tensor, num_particles: int = 100, *, chunk_size: int | None = None) -> Any:
+    def log_evidence(self, x: Tensor, num_particles: int = 100, *, chunk_size: int | None = None) -> Evidence:
         """Importance-sampled log p(x_n) of every row, y drawn from q(y|x); see :meth:`VAE.log_evidence`."""
         treatment, self.clusters = self.clusters, "sample"
         try:

@@ -16,6 +16,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_cpa.errors import InvalidData
+from pyro_cpa.infer.evidence import Evidence, log_evidence
 from pyro_cpa.models.likelihoods import AbstractLikelihood
 
 __all__ = ["AbstractLatentModel", "check_count", "check_labels", "one_hot_labels"]
@@ -102,12 +103,10 @@ class AbstractLatentModel(PyroModule):
             for module, mode in modes.items():
                 module.training = mode
 
-    def _log_evidence(self, *args: Any, num_particles: int, chunk_size: int | None, **kwargs: Any) -> Any:
-        from pyro_cpa.infer.evidence import log_evidence
-
+    def _log_evidence(self, *args: Any, num_particles: int, chunk_size: int | None) -> Evidence:
         with self.evaluation():
             return log_evidence(
-                self.model, self.guide, *args, num_particles=num_particles, chunk_size=chunk_size, **kwargs
+                self.model, self.guide, *args, num_particles=num_particles, chunk_size=chunk_size
             )
 
 

@@ -11,6 +11,7 @@ import pyro
 from pyro.nn.module import pyro_method
 from torch import Tensor, nn
 
+from pyro_cpa.infer.evidence import Evidence
 from pyro_cpa.models.latent_model import AbstractLatentModel, check_count
 from pyro_cpa.models.likelihoods import AbstractLikelihood, ContinuousBernoulli, Mode
 from pyro_cpa.models.networks import Activation, GaussianNetwork, mlp
@@ -129,7 +130,7 @@ class VAE(AbstractLatentModel):
         """(N, D) data decoded from ``encode(x)``."""
         return self.decode(self.encode(x), mode=mode)
 
-    def log_evidence(self, x: Tensor, num_particles: int = 100, *, chunk_size: int | None = None) -> Any:
+    def log_evidence(self, x: Tensor, num_particles: int = 100, *, chunk_size: int | None = None) -> Evidence:
         """Importance-sampled log p(x_n) of every row, with standard error.
 
         Args:
@@ -138,6 +139,6 @@ class VAE(AbstractLatentModel):
             chunk_size: Particles held in memory at a time; all if None.
 
         Returns:
-            The result of :func:`pyro_cpa.infer.evidence.log_evidence`.
+            ``log_prob``, ``standard_error`` and effective sample size ``ess``, (N,) each.
         """
         return self._log_evidence(x, num_particles=num_particles, chunk_size=chunk_size)

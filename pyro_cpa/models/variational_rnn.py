@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_cpa.errors import InvalidData
+from pyro_cpa.infer.evidence import Evidence
 from pyro_cpa.models.latent_model import AbstractLatentModel, check_count
 from pyro_cpa.models.likelihoods import AbstractLikelihood, Bernoulli, Mode
 from pyro_cpa.models.networks import Activation
@@ -177,7 +178,7 @@ class VariationalRNN(AbstractLatentModel):
         num_particles: int = 100,
         *,
         chunk_size: int | None = None,
-    ) -> Any:
+    ) -> Evidence:
         """Importance-sampled log p(x_n) of every sequence; see :meth:`VAE.log_evidence`."""
         return self._log_evidence(x, lengths, num_particles=num_particles, chunk_size=chunk_size)
 
