@@ -66,7 +66,7 @@ def mills_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _by_kind(
     near: Tensor, width: Tensor, *functions: Callable[..., Tensor], level: Tensor | None = None
 ) -> Tensor:
-    """Applies to each interval the function for its kind: short, beyond the mean, around the mean; (K, ...)."""
+    """Applies to each interval the function for its kind (short, beyond the mean, around it): (K, ...)."""
     arguments = [argument.reshape(-1) for argument in (near, width, level) if argument is not None]
     start = near.reshape(-1).clamp(min=0.0)
     short = width.reshape(-1) * (start + 0.5 * width.reshape(-1)) <= _SHORT

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
-from pyro_cpa.integrals.polygon_frame import Edges, sight, slicing_frame, whiten
 from pyro_cpa.integrals.normal import HALF_LOG_2PI
+from pyro_cpa.integrals.polygon_frame import Edges, sight, slicing_frame, whiten
 from pyro_cpa.integrals.polygon_sample import draw_points
 from pyro_cpa.integrals.polygon_slices import cut, integrate
 from pyro_cpa.partition.cells import Polygons
@@ -51,7 +51,7 @@ def _by_edge_count(cells: Polygons) -> Iterator[tuple[Tensor, Polygons]]:
 def _map_pairs(
     cells: Polygons, loc: Tensor, scale_tril: Tensor, outputs: int, compute: Callable[[Edges, Tensor], Tensor]
 ) -> Tensor:
-    """Applies ``compute(edges, loc)``, (outputs, P) from P pairs, to all pairs in chunks: (outputs, ..., R)."""
+    """Applies ``compute(edges, loc)``, (outputs, P) from P pairs, chunk by chunk: (outputs, ..., R)."""
     batch = loc.shape[:-1]
     chunk = max(1, min(_CHUNK * torch.get_num_threads(), 2**20 // max(outputs, 1)))
     if scale_tril.dim() > 3:

@@ -121,9 +121,11 @@ def sight(edges: Edges, loc: Tensor) -> Sight:
 class Frame(NamedTuple):
     r"""Orthonormal whitened axes at a reference point of each cell; (E, P) or (P,) each.
 
-    The point (tau, eta) has log-density :math:`-|y_0|^2/2 - \log 2\pi - t_0\tau - \tau^2/2 - s_0\eta - \eta^2/2`,
-    where :math:`y_0 = (t_0, s_0)` is the reference point, and lies in the cell if
-    ``slack - along * tau - across * eta >= 0`` for all edges.
+    With the reference point at :math:`y_0 = (t_0, s_0)`, the point (tau, eta) has the log-density
+
+    .. math:: -|y_0|^2/2 - \log 2\pi - t_0\tau - \tau^2/2 - s_0\eta - \eta^2/2
+
+    and lies in the cell if ``slack - along * tau - across * eta >= 0`` for all edges.
     """
 
     t0: Tensor
@@ -144,7 +146,8 @@ class Frame(NamedTuple):
 def _longest(edges: Edges, view: Sight) -> tuple[Tensor, Tensor]:
     """The edge longest in sight of the mean, and whether the cell is thin there.
 
-    A cell is thin if the chord from the middle of that edge straight across is short against the density's scale.
+    A cell is thin if the chord from the middle of that edge straight across is short against the scale
+    of the density.
     """
     square = (view.distance * view.distance + WINDOW * WINDOW - view.h * view.h).clamp(min=0.0)
     reach = square.sqrt()
@@ -161,10 +164,10 @@ def _longest(edges: Edges, view: Sight) -> tuple[Tensor, Tensor]:
 
 
 def slicing_frame(edges: Edges, view: Sight, loc: Tensor) -> Frame:
-    """Axes at the point nearest the mean, slicing away from the mean; for a thin cell, along its longest edge.
+    """Axes at the point nearest the mean, away from the mean; for a thin cell, along its longest edge.
 
-    All is measured from one edge, the nearest or the longest. Nearly parallel edges are compared with it through
-    sums or differences of their offsets and normals, so that the width of a thin cell keeps all its digits.
+    All is measured from one edge, the nearest or the longest. Nearly parallel edges are compared with it
+    through sums or differences of their offsets and normals: the width of a thin cell keeps all its digits.
     """
     longest, thin = _longest(edges, view)
     at = torch.where(thin, longest, view.nearest)

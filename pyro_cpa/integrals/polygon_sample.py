@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Exact draws from a Gaussian truncated to a polygon: a panel, a slice of it, a point of the slice.
 
-The panel is drawn by its mass. Along a panel the log of the slices' mass is concave, so its tangent at the panel's
-mean is an upper bound: the slice is drawn from that exponential law and accepted with the ratio of the two. The
-point is drawn by inverting the normal distribution function on the slice.
+The panel is drawn by its mass. Along a panel the log of the slices' mass is concave, so its tangent at the
+panel's mean is an upper bound: the slice is drawn from that exponential law and accepted with the ratio of the
+two. The point is drawn by inverting the normal distribution function on the slice.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def draw_points(frame: Frame, count: int) -> Tensor:
     if drawn.shape[0] > 0:
         chosen = _choose(panels.pair, mass, total, drawn, count)
         x = _along(frame, panels, (tau / mass - panels.middle) / panels.half, chosen)
-        tau_drawn[:, drawn] = (panels.middle[chosen] + panels.half[chosen] * x).view(count, -1)
-        eta_drawn[:, drawn] = _across(frame, panels, chosen, x).view(count, -1)
+        tau_drawn[:, drawn] = (panels.middle[chosen] + panels.half[chosen] * x).view(count, drawn.shape[0])
+        eta_drawn[:, drawn] = _across(frame, panels, chosen, x).view(count, drawn.shape[0])
     # A cell without interior leaves nothing to draw: its reference point.
     x = frame.zx + frame.jxt * tau_drawn + frame.jxs * eta_drawn
     return torch.stack([x, frame.zy + frame.jyt * tau_drawn + frame.jys * eta_drawn])
 
 
 def _choose(pair: Tensor, mass: Tensor, total: Tensor, drawn: Tensor, count: int) -> Tensor:
-    """Panels in proportion to their mass, ``count`` for each drawn pair, by inverting the cumulative masses."""
+    """Panels in proportion to their mass, ``count`` for each drawn pair, from the cumulative masses."""
     share = mass / total[pair]
     running = share.cumsum(0)
     size = torch.bincount(pair, minlength=total.shape[0])

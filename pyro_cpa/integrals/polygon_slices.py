@@ -5,8 +5,8 @@ r"""A polygon's mass and moments as an integral over its slices, a sum of positi
 .. math:: M = \int \phi(t)\, [\Phi(u(t)) - \Phi(l(t))]\, dt
 
 The lower and upper boundary l, u are piecewise linear; between their breaks, on panels short against every
-scale of the integrand, Gauss-Legendre quadrature is exact to rounding. Nothing cancels, and the tail is factored
-out with the frame's reference point.
+scale of the integrand, Gauss-Legendre quadrature is exact to rounding. Nothing cancels, and the tail is
+factored out with the frame's reference point.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
 
 
 class Panels(NamedTuple):
-    """Q panels, (Q,) each: at ``tau = middle + half x``, |x| < 1, the slice is ``center + center_rate x`` plus or
-    minus ``radius + radius_rate x``."""
+    """Q panels, (Q,) each.
+
+    At ``tau = middle + half x``, |x| < 1, the slice is ``center + center_rate x`` plus or minus
+    ``radius + radius_rate x``.
+    """
 
     pair: Tensor
     middle: Tensor
@@ -48,7 +51,7 @@ class Panels(NamedTuple):
 
 
 def _sort_rows(rows: Tensor) -> Tensor:
-    """Sorts each column of a few rows in place, by odd-even transposition: many times faster than ``sort``."""
+    """Sorts each column of a few rows in place, by odd-even transposition: much faster than ``sort``."""
     count = rows.shape[0]
     for turn in range(count):
         stop = count - (count - turn) % 2
@@ -83,7 +86,7 @@ def _breaks(frame: Frame) -> Tensor:
 
 
 def _distance(frame: Frame, side: float, *points: Tensor) -> list[Tensor]:
-    """How far the cell reaches to one side of the axis (side = 1: up, -1: down) at each of the points, (K, P) each."""
+    """How far the cell reaches up (side = 1) or down (-1) from the axis at each of the points, (K, P) each."""
     across = side * frame.across
     bounding = F.threshold(across, 0.0, 1.0)
     height = frame.slack / bounding + (across <= 0.0) * 1e300
@@ -146,7 +149,10 @@ def _split(panels: Panels) -> Panels:
 
 
 def integrate(frame: Frame, panels: Panels) -> Tensor:
-    r"""Integrals of 1, tau, eta, tau^2, tau eta, eta^2 under ``exp(-t0 tau - tau^2/2 - s0 eta - eta^2/2)``: (6, Q)."""
+    """Integrals of 1, tau, eta, tau^2, tau eta, eta^2 over each panel under the frame's density: (6, Q).
+
+    The density is ``exp(-t0 tau - tau^2/2 - s0 eta - eta^2/2)``.
+    """
     result = frame.t0.new_empty(6, panels.pair.shape[0])
     few = panels.size <= _SHORT
     block = _BLOCK * torch.get_num_threads()

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gaussian integrals over intervals and polygons in 60 digits, sharing nothing with the library.
 
-A polygon is a list of half-planes (normal, offset) whose floats are taken as exact. It is whitened, clipped to
-a window around its point nearest the mean and integrated slice by slice.
+A polygon is a list of half-planes (normal, offset) whose floats are taken as exact. It is whitened, clipped
+to a window around its point nearest the mean and integrated slice by slice.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ NODES = 36
 
 @cache
 def _rule():
-    """Gauss-Legendre nodes and weights in full precision, by Newton's iteration on the Legendre polynomial."""
+    """Gauss-Legendre nodes and weights in full precision, by Newton's iteration."""
     pairs = []
     for k in range(NODES):
         x = mp.cos(mp.pi * (k + mp.mpf(3) / 4) / (NODES + mp.mpf(1) / 2))
         for _ in range(8):
-            value, slope = mp.legendre(NODES, x), None
+            value = mp.legendre(NODES, x)
             slope = NODES * (x * value - mp.legendre(NODES - 1, x)) / (x * x - 1)
             x -= value / slope
         pairs.append((x, 2 / ((1 - x * x) * slope * slope)))
@@ -79,7 +79,7 @@ def _nearest(points):
 
 
 def polygon(half_planes, mean, scale_tril, size=1e6):
-    """Log-mass, mean (2) and covariance (xx, xy, yy) of a Gaussian truncated to half-planes ``normal . z <= offset``.
+    """Log-mass, mean and covariance (xx, xy, yy) of a Gaussian on the half-planes ``normal . z <= offset``.
 
     ``size``: half-planes are intersected with a square this large (whitened), around the mean.
     """

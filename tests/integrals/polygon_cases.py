@@ -67,3 +67,21 @@ def box(width, height):
 def regular(corners, radius, phase=0.1):
     angles = [phase + 2 * math.pi * k / corners for k in range(corners)]
     return from_vertices([(radius * math.cos(a), radius * math.sin(a)) for a in angles])
+
+
+def arrangement(lines, seed):
+    """All cells that random lines in general position cut the plane into."""
+    generator = torch.Generator().manual_seed(seed)
+    angles = 2 * math.pi * torch.rand(lines, generator=generator, dtype=torch.float64)
+    offsets = torch.randn(lines, generator=generator, dtype=torch.float64)
+    cells = [[]]
+    for angle, c in zip(angles.tolist(), offsets.tolist(), strict=True):
+        n = (math.cos(angle), math.sin(angle))
+        pieces = []
+        for cell in cells:
+            one, other = [*cell, (n, c)], [*cell, ((-n[0], -n[1]), -c)]
+            crosses = any(edge[:2] == (n, c) for edge in _edges(one))
+            kept = [one, other] if crosses else [one] if _edges(one) == _edges(cell) else [other]
+            pieces += [[edge[:2] for edge in _edges(piece)] if crosses else cell for piece in kept]
+        cells = pieces
+    return cells
