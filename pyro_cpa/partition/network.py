@@ -20,7 +20,7 @@ class Network:
 
     Args:
         decoder: module R^L -> R^D made of ``nn.Linear``, ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.PReLU``,
-            ``nn.Hardtanh``, ``nn.ReLU6``, ``nn.Hardsigmoid``, ``Abs``, ``nn.Identity``, and ``nn.Dropout`` and
+            ``nn.Hardtanh``, ``nn.ReLU6``, ``nn.Hardsigmoid``, ``Abs``, ``nn.Identity``, ``nn.Dropout`` and
             ``nn.BatchNorm1d`` in evaluation mode; within ``nn.Sequential``, nested at will, or within modules
             whose ``forward`` calls them (or ``torch.relu``, ``torch.abs``, ...) one after the other.
         latent_dim: L, where no layer of the decoder tells it.
@@ -85,7 +85,9 @@ class Network:
         with torch.no_grad():
             layers = tuple(layer.detach() for layer in self.layers())
         for link, layer in zip(self._links, layers, strict=True):
-            if not all(bool(torch.isfinite(t).all()) for t in vars(layer).values()):
+            # An infinite running variance would give a finite layer: buffers are looked at themselves.
+            values = (*vars(layer).values(), *link.module.buffers())
+            if not all(bool(torch.isfinite(t).all()) for t in values):
                 raise InvalidData(_not_finite(link))
         return layers
 
