@@ -4,27 +4,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ..errors import UnsupportedModel
-from ..infer.importance_weighted import ImportanceWeightedELBO
+from ..infer.evidence import Evidence, log_evidence
 
-__all__ = ["Evidence", "as_rows", "evidence_of"]
-
-
-class Evidence(NamedTuple):
-    """log p(x_n) (N,), its Monte-Carlo standard errors (N,), zero if exact, and ``exact`` or ``estimate``."""
-
-    log_prob: Tensor
-    std_error: Tensor
-    kind: str
+__all__ = ["as_rows", "evidence_of"]
 
 
 def as_rows(x: Any) -> Tensor:
@@ -42,7 +32,8 @@ def evidence_of(fit: Any, x: Any, num_samples: int) -> Evidence:
     Args:
         fit: a distribution over data (``log_prob``), a scikit-learn density (``score_samples``), a guide or
             fit that knows its evidence (``log_evidence``, its own or its ``guide``'s), a model with
-            ``marginal()``, or a pair ``(model, guide)`` whose evidence is estimated.
+            ``marginal()``, or a pair ``(model, guide)`` that broadcasts on the left, for
+            :func:`~pyro_cpa.infer.log_evidence`.
         x: (N, D) data; NaN marks missing cells where the fit allows them.
         num_samples: particles of an estimate.
 
@@ -51,10 +42,10 @@ def evidence_of(fit: Any, x: Any, num_samples: int) -> Evidence:
     """
     if isinstance(fit, tuple):
         model, guide = fit
-        return _estimated(model, guide, x, num_samples)
+        return _of_pair(model, guide, x, num_samples)
     with torch.no_grad():
         log_prob = torch.as_tensor(_exact(fit)(x)).to(torch.float64)
-    return Evidence(log_prob, torch.zeros_like(log_prob), "exact")
+    return Evidence(log_prob, torch.zeros_like(log_prob), torch.full_like(log_prob, num_samples), True)
 
 
 def _exact(fit: Any) -> Callable[[Any], Any]:
@@ -78,16 +69,14 @@ def _exact(fit: Any) -> Callable[[Any], Any]:
     )
 
 
-def _estimated(model: Callable, guide: Callable, x: Any, num_samples: int) -> Evidence:
-    """log mean_k w_k per datum, with the delta method's error sd(w) / (mean(w) sqrt(K))."""
+def _of_pair(model: Callable, guide: Callable, x: Any, num_samples: int) -> Evidence:
     rows = as_rows(x)
-    with torch.no_grad(), poutine.block():
-        log_w = ImportanceWeightedELBO(num_samples).log_weights(model, guide, rows).log_w.to(torch.float64)
-    if log_w.shape[1:] != rows.shape[:1]:
+    found = log_evidence(model, guide, rows, num_particles=num_samples)
+    if found.log_prob.shape != rows.shape[:1]:
         raise UnsupportedModel(
-            f"the model's plates of shape {tuple(log_w.shape[1:])} do not give one evidence for each of the "
-            f"{len(rows)} rows: put every site of model and guide in one plate over the rows"
+            f"the model's plates of shape {tuple(found.log_prob.shape)} do not give one evidence for each of "
+            f"the {len(rows)} rows: put every site of model and guide in one plate over the rows"
         )
-    log_prob = log_w.logsumexp(dim=0) - math.log(num_samples)
-    relative = (log_w - log_prob).exp()
-    return Evidence(log_prob, relative.std(dim=0) / math.sqrt(num_samples), "estimate")
+    return found._replace(
+        log_prob=found.log_prob.to(torch.float64), standard_error=found.standard_error.to(torch.float64)
+    )

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
@@ -36,10 +35,16 @@ class _Model(PyroModule):
         super().__init__()
         self.decoder = decoder
         self.latent_dim = latent_dim
-        self.noise_scale = PyroParam(noise_scale, constraint=constraints.greater_than(floor))
+        self.floor = floor
+        # The floor makes the noise a function of a parameter, which gradients move rather than an M-step.
+        self.log_excess = PyroParam((noise_scale - floor).log())
+
+    @property
+    def noise_scale(self) -> Tensor:
+        return self.floor + torch.as_tensor(self.log_excess).exp()
 
     def forward(self, x: Tensor) -> None:
-        scale: Tensor = self.noise_scale  # type: ignore[assignment]
+        scale = self.noise_scale
         with pyro.plate("data", len(x)):
             prior = dist.Normal(x.new_zeros(self.latent_dim), 1.0).to_event(1)
             z = pyro.sample("z", prior)
@@ -77,7 +82,6 @@ def train(
         noise = noise.square().mean().sqrt() if isotropic else noise
         model = _Model(decoder, noise, noise_floor, latent_dim)
         guide = AutoCPAPosterior(model, decoder=decoder)
-        # The noise has a floor, which EM's closed form does not know: gradients move it.
         blocks = ("output", "hidden") if hidden else ("output",)
         fit = (
             ExactML(model, guide, ridge=ridge)
@@ -85,7 +89,7 @@ def train(
             else EM(model, guide, blocks=blocks, ridge=ridge, accelerate="lbfgs", lbfgs_iterations=5)
         )
         history = fit.run(x, num_steps=max_iter, tol=tol, progress=False)
-        scale = torch.as_tensor(model.noise_scale).detach().expand(x.shape[1]).clone()
+        scale = model.noise_scale.detach().expand(x.shape[1]).clone()
         log_likelihood = history[-1].log_evidence if history else -fit.evaluate_loss(x)
     return Fitted(decoder.requires_grad_(False), scale, log_likelihood, len(history))
 

@@ -154,8 +154,8 @@ def compare(
         fits: name -> fit. A fit is a :class:`~pyro_cpa.distributions.CPAMarginal`, a
             :class:`~pyro_cpa.criticism.CPADensity` or another scikit-learn density, an exact guide or a fit
             that holds one (:class:`~pyro_cpa.infer.EM`), a pair ``(model, guide)``, whose evidence is
-            estimated by importance sampling, or ArviZ data with a group ``log_likelihood`` (posterior over
-            weights), compared by PSIS-LOO.
+            estimated by importance sampling (both must broadcast on the left), or ArviZ data with a group
+            ``log_likelihood`` (posterior over weights), compared by PSIS-LOO.
         x_test: (N, D) held-out data; left out if every fit is ArviZ data.
         x_train: training data, for AIC and BIC.
         num_samples: particles of an importance-sampled evidence.
@@ -209,8 +209,8 @@ def compare(
         else:
             found = evidence_of(fit, x_test, num_samples)
             elpd = found.log_prob.cpu().numpy()
-            kinds.append(found.kind)
-            mc_errors[m] = float(found.std_error.square().sum().sqrt()) / len(elpd)
+            kinds.append("exact" if found.exact else "estimate")
+            mc_errors[m] = float(found.standard_error.square().sum().sqrt()) / len(elpd)
             if x_train is not None:
                 train[m] = float(evidence_of(fit, x_train, num_samples).log_prob.sum())
         pointwise.append(elpd)

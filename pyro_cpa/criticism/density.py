@@ -38,10 +38,11 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
         hidden: widths of the ReLU layers; ``()`` is factor analysis.
         noise: ``"diagonal"``, one scale per column, or ``"isotropic"``, one for all standardised columns.
         solver: ``"lbfgs"`` on the exact evidence, or ``"em"``, whose closed-form steps alternate with it.
-        ridge: precision of a Gaussian prior on the weights.
+        ridge: precision of a Gaussian prior on the weights, for standardised columns.
         noise_floor: smallest noise scale, as a share of a column's standard deviation. Without it a column
             that the decoder fits exactly has infinite density.
-        max_iter: steps of the solver, of 10 gradient iterations (``"lbfgs"``) or one sweep (``"em"``).
+        max_iter: steps of the solver. ``"lbfgs"``: ten EM sweeps of the weights, then rounds of 20 gradient
+            iterations; ``"em"``: one sweep and 5 gradient iterations each.
         tol: stop once a step gains less, in nats per row.
         n_init: starts, of which the likeliest is kept.
         contamination: share of the training rows that ``predict`` calls outliers.
@@ -97,7 +98,7 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
         *,
         noise: str = "diagonal",
         solver: str = "lbfgs",
-        ridge: float = 0.1,
+        ridge: float = 1.0,
         noise_floor: float = 0.01,
         max_iter: int = 20,
         tol: float = 1e-3,

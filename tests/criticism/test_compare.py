@@ -153,7 +153,7 @@ def linear_gaussian(x):
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z[:, None], 1.0).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=x)
 
     def guide(x):
         with pyro.plate("data", len(x)):
@@ -180,7 +180,7 @@ def test_importance_sampled_evidence_is_marked_and_within_its_error(x):
 def test_a_pair_needs_one_weight_per_row(x):
     def model(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0).expand(x.shape).to_event(2), obs=x)
+        pyro.sample("x", dist.Normal(z[..., None, None], torch.ones(x.shape)).to_event(2), obs=x)
 
     with pytest.raises(UnsupportedModel, match="one plate over the rows"):
         compare({"pair": (model, lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)))}, x, num_samples=2)
