@@ -46,7 +46,7 @@ def decoder_of(*sizes: int, seed: int = 0) -> nn.Sequential:
 
 
 def scipy_pairs(px: CPAMarginal, x: np.ndarray) -> np.ndarray:
-    """log p(x) by one scipy call per datum and region: what a direct transcription of the formulas does (1-D and 2-D masses)."""
+    """log p(x) by scipy calls per datum and region: what a direct transcription of the formulas does."""
     part = px.partition
     A, b = part.slopes.numpy(), part.offsets.numpy()
     scale = px.joint.noise.scale.numpy()
@@ -149,11 +149,11 @@ def peak_memory(smoke: bool) -> list[dict]:
         code = (
             "import resource, sys; sys.path.insert(0, 'benchmarks'); import torch\n"
             "from exact import decoder_of, CPAMarginal\n"
-            "px = CPAMarginal(decoder_of(2, 24, 10), 0.3); x = px.sample((%d,)).detach()\n"
+            f"px = CPAMarginal(decoder_of(2, 24, 10), 0.3); x = px.sample(({N},)).detach()\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "px.log_prob(x).sum().backward()\n"
-            "print(px.partition.num_regions, before // 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
-            % N
+            "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "print(px.partition.num_regions, before // 1024, after // 1024)\n"
         )
         root = Path(__file__).parents[1]
         found = subprocess.run(

@@ -6,7 +6,8 @@ They carry both the analytic M-step and, by Fisher's identity, the gradient of t
 
 .. math::
 
-    \nabla \log p(x) = \mathbb{E}_{p(z, x_{mis} | x)}[\nabla \log \mathcal N(x; g(z), S_x) + \nabla \log \mathcal N(z; m, V)].
+    \nabla \log p(x) = \mathbb{E}_{p(z, x_{mis} | x)}
+        [\nabla \log \mathcal N(x; g(z), S_x) + \nabla \log \mathcal N(z; m, V)].
 """
 
 from __future__ import annotations

@@ -224,7 +224,8 @@ class EM(AbstractExactFit):
         if self._rows < layer.in_features + 1:
             self._warn(
                 "few",
-                f"{self._rows} data for the {layer.in_features + 1} parameters of each output: expect overfitting (ridge= helps)",
+                f"{self._rows} data for the {layer.in_features + 1} parameters of each output: expect overfitting "
+                "(ridge= helps)",
             )
         proposal: list[tuple[Target, Tensor]] = [(Weight(layer.weight), weight)]
         return proposal if bias is None else [*proposal, (Weight(layer.bias), bias)]

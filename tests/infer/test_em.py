@@ -37,7 +37,7 @@ def test_never_falls(noise, sizes, holes):
         x[torch.rand(x.shape) < 0.3] = torch.nan
     em = fit_of(model)
     losses = [em.step(x) for _ in range(6)] + [em.evaluate_loss(x)]
-    assert all(b <= a + 1e-9 * abs(a) for a, b in zip(losses, losses[1:]))
+    assert all(b <= a + 1e-9 * abs(a) for a, b in zip(losses, losses[1:], strict=False))
     assert losses[-1] < losses[0] - 5
     assert [-r.log_evidence for r in em.history] == pytest.approx(losses[1:], rel=1e-12)
     noise = (
@@ -134,8 +134,8 @@ def test_ridge_is_monotone_in_the_penalised_objective_and_its_optimum(noise):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("ridge", [0.0, 2.0])
 def test_hidden_block_minimises_the_frozen_surrogate(bias, ridge):
-    from pyro_cpa.infer import m_step
     from pyro_cpa.distributions.fisher import expected_statistics
+    from pyro_cpa.infer import m_step
 
     torch.manual_seed(0)
     decoder = nn.Sequential(
@@ -195,7 +195,7 @@ def test_float32_models_climb_too():
     x = circle(60).float()
     em = fit_of(model)
     losses = [em.step(x) for _ in range(8)]
-    assert all(b <= a + 1e-6 * abs(a) for a, b in zip(losses, losses[1:]))
+    assert all(b <= a + 1e-6 * abs(a) for a, b in zip(losses, losses[1:], strict=False))
     assert model.decoder[0].weight.dtype == torch.float32
 
 
@@ -208,7 +208,7 @@ def test_published_starts_never_rise(shared_data, name):
     em = fit_of(model)
     losses = [em.step(x) / len(x) for _ in range(10)]
     assert losses[0] == pytest.approx(start["em_nll"][0], abs=2e-3)
-    assert all(b <= a + 1e-9 for a, b in zip(losses, losses[1:]))
+    assert all(b <= a + 1e-9 for a, b in zip(losses, losses[1:], strict=False))
 
 
 def published(start):
