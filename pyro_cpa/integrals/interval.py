@@ -15,7 +15,7 @@ from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, momen
 from pyro_cpa.integrals.normal import truncated_moments, truncated_quantile
 from pyro_cpa.partition.cells import Intervals
 
-__all__: list[str] = []
+__all__ = []
 
 _CHUNK = 32768  # pairs worked on at a time: what a processor's cache holds
 

@@ -76,7 +76,7 @@ def _by_kind(
         index = torch.nonzero(chosen).squeeze(-1)
         if index.shape[0] > 0:
             result[:, index] = function(*(argument.index_select(0, index) for argument in arguments))
-    return result.reshape(-1, *near.shape)
+    return result.reshape(result.shape[0], *near.shape)
 
 
 def truncated_moments(near: Tensor, width: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pyro_cpa.integrals.polygon_sample import draw_points
 from pyro_cpa.integrals.polygon_slices import cut, integrate
 from pyro_cpa.partition.cells import Polygons
 
-__all__: list[str] = []
+__all__ = []
 
 _EDGE_COUNTS = (4, 6)  # padding costs time: cells with up to so many edges are treated apart
 _CHUNK = 8192  # pairs per thread worked on at a time: what a processor's cache holds
@@ -75,7 +75,7 @@ def _map_pairs(
 
 def _pair_moments(edges: Edges, loc: Tensor) -> Tensor:
     """Log-mass, mean (2) and covariance (xx, xy, yy) of P pairs, (6, P)."""
-    frame = slicing_frame(edges, sight(edges, loc), loc)
+    frame = slicing_frame(edges, sight(edges, loc))
     panels = cut(frame)
     sums = loc.new_zeros(6, loc.shape[1]).index_add_(1, panels.pair, integrate(frame, panels))
     total = sums[0]
@@ -125,7 +125,7 @@ def _sample(cells: Polygons, loc: Tensor, scale_tril: Tensor, sample_shape: tupl
     count = math.prod(sample_shape)
 
     def draw(edges: Edges, means: Tensor) -> Tensor:
-        return draw_points(slicing_frame(edges, sight(edges, means), means), count).reshape(2 * count, -1)
+        return draw_points(slicing_frame(edges, sight(edges, means)), count).reshape(2 * count, means.shape[1])
 
     draws = _map_pairs(cells, loc, scale_tril, 2 * count, draw)
     return draws.reshape(2, *sample_shape, *loc.shape[:-1]).movedim(0, -1)

@@ -88,6 +88,9 @@ class Sight(NamedTuple):
     first: Tensor
     last: Tensor
     nearest: Tensor  # index of the edge nearest the mean
+    position: Tensor  # where along it the nearest point lies, on the original plane
+    zx: Tensor  # nearest point of the cell on the original plane: the mean if that is inside
+    zy: Tensor
     yx: Tensor  # whitened nearest point of the cell, zero if the mean is inside
     yy: Tensor
     distance: Tensor  # its distance
@@ -111,11 +114,17 @@ def sight(edges: Edges, loc: Tensor) -> Sight:
     inside = h.amin(dim=0) >= 0.0
     h_near, foot = _pick(h, nearest), _pick(foot, nearest)
     ux, uy = _pick(edges.ux, nearest), _pick(edges.uy, nearest)
+    nx, ny, offset = _pick(edges.nx, nearest), _pick(edges.ny, nearest), _pick(edges.offset, nearest)
+    # Straight from the ends, for whitened coordinates know only as many digits of them as the mean is near.
+    position = -_pick(base, nearest) / _pick(edges.stretch, nearest)
+    position = torch.minimum(torch.maximum(position, _pick(edges.start, nearest)), _pick(edges.end, nearest))
+    zx = torch.where(inside, zx, offset * nx - position * ny)
+    zy = torch.where(inside, zy, offset * ny + position * nx)
     zero = torch.zeros_like(square)
     yx = torch.where(inside, zero, h_near * ux - foot * uy)
     yy = torch.where(inside, zero, h_near * uy + foot * ux)
     distance = torch.where(inside, zero, square.sqrt())
-    return Sight(h, base, first, last, nearest, yx, yy, distance, inside)
+    return Sight(h, base, first, last, nearest, position, zx, zy, yx, yy, distance, inside)
 
 
 class Frame(NamedTuple):
@@ -154,16 +163,17 @@ def _longest(edges: Edges, view: Sight) -> tuple[Tensor, Tensor]:
     first, last = torch.maximum(view.first, -reach), torch.minimum(view.last, reach)
     length, at = (last - first).max(dim=0)
     middle = 0.5 * (_pick(first, at) + _pick(last, at))
-    ux, uy = _pick(edges.ux, at), _pick(edges.uy, at)
-    closing = -(edges.ux * ux + edges.uy * uy)
-    turning = edges.uy * ux - edges.ux * uy
-    gap = torch.addcmul(view.h, closing, _pick(view.h, at)).addcmul_(turning, middle, value=-1.0)
+    position = (middle - _pick(view.base, at)) / _pick(edges.stretch, at)
+    nx, ny, offset = _pick(edges.nx, at), _pick(edges.ny, at), _pick(edges.offset, at)
+    zx, zy = offset * nx - position * ny, offset * ny + position * nx
+    gap = ((edges.offset - edges.nx * zx) - edges.ny * zy) * edges.shrink
+    closing = -(edges.ux * _pick(edges.ux, at) + edges.uy * _pick(edges.uy, at))
     away = (closing <= 0.0) * 1e300  # edges that do not close in
     chord = (gap / F.threshold(closing, 0.0, 1.0)).add_(away).add_(edges.padding).amin(dim=0)
     return at, (length > 0.0) & (chord * view.distance.clamp(min=1.0) < _THIN)
 
 
-def slicing_frame(edges: Edges, view: Sight, loc: Tensor) -> Frame:
+def slicing_frame(edges: Edges, view: Sight) -> Frame:
     """Axes at the point nearest the mean, away from the mean; for a thin cell, along its longest edge.
 
     All is measured from one edge, the nearest or the longest. Nearly parallel edges are compared with it
@@ -173,7 +183,7 @@ def slicing_frame(edges: Edges, view: Sight, loc: Tensor) -> Frame:
     at = torch.where(thin, longest, view.nearest)
     nx, ny, offset = _pick(edges.nx, at), _pick(edges.ny, at), _pick(edges.offset, at)
     ux, uy, h = _pick(edges.ux, at), _pick(edges.uy, at), _pick(view.h, at)
-    base, stretch = _pick(view.base, at), _pick(edges.stretch, at)
+    gx, gy, stretch = _pick(edges.gx, at), _pick(edges.gy, at), _pick(edges.stretch, at)
 
     # Axes in terms of that edge's tangent and inward normal.
     coordinate = view.yy * ux - view.yx * uy
@@ -185,26 +195,28 @@ def slicing_frame(edges: Edges, view: Sight, loc: Tensor) -> Frame:
     s0 = torch.where(thin, -h * cos, torch.zeros_like(h))
 
     # Reference point, and every edge's slack there.
-    nearest = torch.minimum(torch.maximum(-base / stretch, _pick(edges.start, at)), _pick(edges.end, at))
-    position = torch.where(thin, (coordinate - base) / stretch, nearest)
+    projection = (gx * (view.zx - offset * nx) + gy * (view.zy - offset * ny)) / stretch
+    position = torch.where(thin, projection, view.position)
     sign = torch.sign(edges.nx * nx + edges.ny * ny)
     dx, dy = edges.nx - sign * nx, edges.ny - sign * ny
     turning = dy * nx - dx * ny
     gap = (edges.offset - sign * offset) - offset * (dx * nx + dy * ny)
     slack = torch.addcmul(gap, position, turning, value=-1.0).mul_(edges.shrink)
-    zx, zy = offset * nx - position * ny, offset * ny + position * nx
-    at_mean = view.inside & ~thin
-    slack = slack + (view.h - slack) * at_mean + edges.padding
-    zx, zy = torch.where(at_mean, loc[0], zx), torch.where(at_mean, loc[1], zy)
+    slack = slack + (view.h - slack) * (view.inside & ~thin) + edges.padding
+    zx = torch.where(thin, offset * nx - position * ny, view.zx)
+    zy = torch.where(thin, offset * ny + position * nx, view.zy)
 
     p, q = turning * (edges.shrink / stretch), edges.ux * -ux - edges.uy * uy
     along = cos * p + sin * q
     across = F.hardshrink(cos * q - sin * p, _STEEP)
-    shift = view.h * along - t0
-    first, last = (
-        (end * -across).nan_to_num_(0.0, torch.inf, -torch.inf) + shift for end in (view.first, view.last)
-    )
     ex, ey = -cos * uy - sin * ux, cos * ux - sin * uy
+    fy = ey / edges.c22
+    fx = (ex - edges.c21 * fy) / edges.c11
+    shift = fx * (edges.offset * edges.nx - zx) + fy * (edges.offset * edges.ny - zy)
+    heading = -across * edges.stretch
+    first, last = (
+        (end * heading).nan_to_num_(0.0, torch.inf, -torch.inf) + shift for end in (edges.start, edges.end)
+    )
     return Frame(
         t0=t0,
         s0=s0,

@@ -3,8 +3,8 @@
 r"""Exact draws from a Gaussian truncated to a polygon: a panel, a slice of it, a point of the slice.
 
 The panel is drawn by its mass. Along a panel the log of the slices' mass is concave, so its tangent at the
-panel's mean is an upper bound: the slice is drawn from that exponential law and accepted with the ratio of the
-two. The point is drawn by inverting the normal distribution function on the slice.
+panel's mean is an upper bound: the slice is drawn from that exponential law and accepted with the ratio of
+the two. The point is drawn by inverting the normal distribution function on the slice.
 """
 
 from __future__ import annotations

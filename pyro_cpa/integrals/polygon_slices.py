@@ -64,9 +64,10 @@ def _sort_rows(rows: Tensor) -> Tensor:
 
 def _breaks(frame: Frame) -> Tensor:
     """Where the slices' boundary may bend, between the window's ends: (2 E + 2, P), ascending."""
-    square = WINDOW * WINDOW + 4.0  # a thin cell's reference point may be a little farther than its nearest
+    # The nearest point is the reference point, or close to it in a thin cell: the density gains little.
+    square = WINDOW * WINDOW + 4.0
     high = square / (frame.t0 + torch.sqrt(frame.t0 * frame.t0 + square))
-    low = torch.full_like(high, -WINDOW)
+    low = -(4.0 / frame.t0).clamp(max=WINDOW)
     # Where an edge leaves the window |eta| <= WINDOW the window bounds the slice instead.
     left = torch.add(frame.slack, frame.across, alpha=-WINDOW).div_(frame.along)
     right = torch.add(frame.slack, frame.across, alpha=WINDOW).div_(frame.along)
@@ -86,7 +87,7 @@ def _breaks(frame: Frame) -> Tensor:
 
 
 def _distance(frame: Frame, side: float, *points: Tensor) -> list[Tensor]:
-    """How far the cell reaches up (side = 1) or down (-1) from the axis at each of the points, (K, P) each."""
+    """How far the cell reaches up (side = 1) or down (-1) from the axis at given points, (K, P) each."""
     across = side * frame.across
     bounding = F.threshold(across, 0.0, 1.0)
     height = frame.slack / bounding + (across <= 0.0) * 1e300

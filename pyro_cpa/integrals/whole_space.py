@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
 from pyro_cpa.partition.cells import WholeSpace
 
-__all__: list[str] = []
+__all__ = []
 
 
 @log_mass.register
