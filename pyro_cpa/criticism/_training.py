@@ -84,7 +84,7 @@ def train(
         guide = AutoCPAPosterior(model, decoder=decoder)
         blocks = ("output", "hidden") if hidden else ("output",)
         fit = (
-            ExactML(model, guide, ridge=ridge)
+            ExactML(model, guide, ridge=ridge, warm_start=5)
             if solver == "lbfgs"
             else EM(model, guide, blocks=blocks, ridge=ridge, accelerate="lbfgs", lbfgs_iterations=5)
         )

@@ -41,7 +41,7 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
         ridge: precision of a Gaussian prior on the weights, for standardised columns.
         noise_floor: smallest noise scale, as a share of a column's standard deviation. Without it a column
             that the decoder fits exactly has infinite density.
-        max_iter: steps of the solver. ``"lbfgs"``: ten EM sweeps of the weights, then rounds of 20 gradient
+        max_iter: steps of the solver. ``"lbfgs"``: five EM sweeps of the weights, then rounds of 20 gradient
             iterations; ``"em"``: one sweep and 5 gradient iterations each.
         tol: stop once a step gains less, in nats per row.
         n_init: starts, of which the likeliest is kept.
@@ -94,13 +94,13 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
     def __init__(
         self,
         n_latent: int = 2,
-        hidden: Sequence[int] = (32,),
+        hidden: Sequence[int] = (16,),
         *,
         noise: str = "diagonal",
         solver: str = "lbfgs",
         ridge: float = 1.0,
         noise_floor: float = 0.01,
-        max_iter: int = 20,
+        max_iter: int = 10,
         tol: float = 1e-3,
         n_init: int = 1,
         contamination: float = 0.05,

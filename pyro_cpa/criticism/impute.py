@@ -38,9 +38,11 @@ def impute(data: Any, fit: Any = None, *, method: str = "mean", random_state: An
         :func:`impute_draws`.
 
     Example:
+        >>> from pyro_cpa.criticism import CPADensity
         >>> x = np.random.default_rng(0).normal(size=(40, 2)).cumsum(axis=1)
         >>> x[3, 1] = np.nan
-        >>> filled = impute(x, random_state=0)
+        >>> fit = CPADensity(n_latent=1, hidden=(4,), max_iter=2, random_state=0).fit(x)
+        >>> filled = impute(x, fit)
         >>> bool(np.isfinite(filled).all()), bool((filled[:3] == x[:3]).all())
         (True, True)
     """
@@ -73,9 +75,11 @@ def impute_draws(data: Any, fit: Any = None, *, num_draws: int = 10, random_stat
         Rubin 1987, Multiple Imputation for Nonresponse in Surveys.
 
     Example:
+        >>> from pyro_cpa.criticism import CPADensity
         >>> x = np.random.default_rng(0).normal(size=(40, 2)).cumsum(axis=1)
         >>> x[3, 1] = np.nan
-        >>> len(impute_draws(x, num_draws=3, random_state=0))
+        >>> fit = CPADensity(n_latent=1, hidden=(4,), max_iter=2, random_state=0).fit(x)
+        >>> len(impute_draws(x, fit, num_draws=3, random_state=0))
         3
     """
     fit, table, values = _prepare(data, fit, random_state)
