@@ -46,9 +46,36 @@ class AbstractMultiSampleELBO(ELBO):
         jit_options: accepted for compatibility.
         retain_graph: passed to ``backward``.
 
+    Attributes:
+        weight_plates: plates with one weight per element in the last step, None before. () means one weight
+            for all data, valid but loose: any site outside the plates (a global latent, a ``pyro.factor``) does
+            it, and ``plates=`` undoes it.
+
+    Raises:
+        InvalidData: for too few particles or a chunk size below one.
+        UnsupportedModel: at a step, naming the site and the cure, for a pair without such weights.
+
     Note:
         A plate asserts independence: if the guide couples the elements of a plate (batch normalisation,
         attention over the minibatch), weights per element are not those of the joint guide.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> class PlainELBO(AbstractMultiSampleELBO):
+        ...     def objective(self, weights):
+        ...         value = weights.log_w.mean(0)
+        ...         return value, value  # for reparameterised guides
+        >>> def model(x):
+        ...     with pyro.plate("data", 10, subsample_size=2) as i:
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x[i])
+        >>> def guide(x):
+        ...     with pyro.plate("data", 10, subsample_size=2) as i:
+        ...         pyro.sample("z", dist.Normal(0.5 * x[i], pyro.param("s", torch.tensor(0.5**0.5))))
+        >>> elbo = PlainELBO(num_particles=4)
+        >>> weights = elbo.log_weights(model, guide, torch.randn(10))
+        >>> weights.log_w.shape, weights.plates, weights.scale
+        (torch.Size([4, 2]), ('data',), tensor([5., 5.]))
     """
 
     draws: Draws = Draws.ATTACHED
@@ -89,6 +116,7 @@ class AbstractMultiSampleELBO(ELBO):
             raise InvalidData(f"plates={plates!r} is a string: give a tuple of names, plates=({plates!r},)")
         self.plates = None if plates is None else tuple(plates)
         self.chunk_size = chunk_size
+        self.weight_plates: tuple[str, ...] | None = None
         self._given_nesting = max_plate_nesting
         self._found_nesting: tuple[Any, int] | None = None
 
@@ -163,7 +191,7 @@ class AbstractMultiSampleELBO(ELBO):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> LogWeights:
-        return sample_log_weights(
+        weights = sample_log_weights(
             model,
             guide,
             args,
@@ -176,6 +204,8 @@ class AbstractMultiSampleELBO(ELBO):
             draws=self.draws,
             linear=self.linear or self.num_particles == 1,
         )
+        self.weight_plates = weights.plates
+        return weights
 
     def _nesting(
         self,
