@@ -5,10 +5,16 @@
 from pyro_cpa.models.cluster_accuracy import cluster_accuracy
 from pyro_cpa.models.conditional_vae import ConditionalVAE
 from pyro_cpa.models.coupled_sigmoid_net import CoupledSigmoidNet
+from pyro_cpa.models.cpa_generator import CPAGenerator
+from pyro_cpa.models.exact_conditional import ConditionalCPAGenerator
+from pyro_cpa.models.exact_mixture import MixtureCPAGenerator
+from pyro_cpa.models.factor_analysis import PPCA, FactorAnalysis
 from pyro_cpa.models.gaussian_mixture_vae import GaussianMixtureVAE
 from pyro_cpa.models.helmholtz_chain import HelmholtzChain
 from pyro_cpa.models.helmholtz_machine import BidirectionalHelmholtzMachine
+from pyro_cpa.models.gaussian_noise import GaussianNoise
 from pyro_cpa.models.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Normal
+from pyro_cpa.models.linear_guide import LinearGuide
 from pyro_cpa.models.sigmoid_belief_net import SigmoidBeliefNet
 from pyro_cpa.models.vae import VAE
 from pyro_cpa.models.variational_rnn import VariationalRNN
@@ -16,13 +22,20 @@ from pyro_cpa.models.variational_rnn import VariationalRNN
 __all__ = [
     "Bernoulli",
     "BidirectionalHelmholtzMachine",
+    "CPAGenerator",
     "Categorical",
+    "ConditionalCPAGenerator",
     "ConditionalVAE",
     "ContinuousBernoulli",
     "CoupledSigmoidNet",
+    "FactorAnalysis",
     "GaussianMixtureVAE",
+    "GaussianNoise",
     "HelmholtzChain",
+    "LinearGuide",
+    "MixtureCPAGenerator",
     "Normal",
+    "PPCA",
     "SigmoidBeliefNet",
     "VAE",
     "VariationalRNN",
