@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one table of tiny decoders: every kind of unit, and every degeneracy, by name.
 
-    @pytest.mark.parametrize("name", DECODERS)
-    def test_something(name):
-        decoder, latent_dim = build(name)
+@pytest.mark.parametrize("name", DECODERS)
+def test_something(name):
+    decoder, latent_dim = build(name)
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def _with_batch_norm() -> nn.Sequential:
 
 def _nested() -> nn.Sequential:
     block = nn.Sequential(nn.Linear(5, 5), nn.LeakyReLU(0.2))
-    return nn.Sequential(nn.Sequential(nn.Linear(2, 5), nn.ReLU()), nn.Identity(), block, nn.Linear(5, 4), nn.ReLU())
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(2, 5), nn.ReLU()), nn.Identity(), block, nn.Linear(5, 4), nn.ReLU()
+    )
 
 
 class _OwnForward(nn.Module):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .convex import Bound, Cells
+from .convex import Bound, Cells, weighted_points
 from .polygons import Polygons
 
 __all__ = ["Cells", "Intervals", "Polygons", "WholeSpace"]
@@ -66,8 +66,9 @@ class Intervals(Cells):
     def generators(self) -> Tensor:
         ends = torch.stack([self.lower, self.upper], dim=1)
         finite = torch.isfinite(ends)
-        weight = torch.where(finite, 1 / (1 + ends.abs()), 0.0)
-        return torch.stack([torch.where(finite, ends * weight, ends.sign()), weight], dim=-1)
+        points = weighted_points(ends[..., None], finite)
+        directions = torch.stack([ends.sign(), torch.zeros_like(ends)], dim=-1)
+        return torch.where(finite[..., None], points, directions)
 
     def clip_to_box(self, low: Bound, high: Bound) -> list[np.ndarray]:
         low, high = (float(np.asarray(end).item()) for end in (low, high))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InvalidData
 
-__all__ = ["Bound", "Cells"]
+__all__ = ["Bound", "Cells", "weighted_points"]
 
 Bound = float | Sequence[float]
 
@@ -31,19 +31,23 @@ class Cells:
     def generators(self) -> Tensor:
         """Homogeneous points (R, G, L + 1) whose non-negative combinations are the closed cells.
 
-        A row ``(w v, w)`` with w > 0 is the point v, weighted by w = 1 / (1 + |v|); a row ``(u, 0)`` is
-        the direction u in which the cell is unbounded; a row of zeros is padding.
+        A row ``(w v, w)`` with w > 0 is the point v, weighted as by :func:`weighted_points`; a row
+        ``(u, 0)`` is the direction u in which the cell is unbounded; a row of zeros is padding.
         """
         raise NotImplementedError
 
     def interior_points(self) -> Tensor:
         """A finite point (R, L) in the interior of each cell, slivers and unbounded cells included.
 
-        It is the sum of the generators. Their weights keep it near the nearest corners, and the depth
-        behind any wall, relative to rounding at that point, is at least the deepest corner's divided by
-        the number of corners.
+        It is the sum of the generators. Their weights keep it near the nearest corners, so that its
+        depth behind any wall, relative to rounding at that point, is at least the deepest corner's
+        divided by the number of corners.
         """
-        total = self.generators().sum(1)
+        generators = self.generators()
+        is_point = generators[..., -1:] > 0
+        # Opposite directions of a strip cancel before the points, perhaps much smaller, are added.
+        directions = torch.where(is_point, 0.0, generators).sum(1)
+        total = directions + torch.where(is_point, generators, 0.0).sum(1)
         weight = total[:, -1:]
         return torch.where(weight > 0, total[:, :-1] / torch.where(weight > 0, weight, 1.0), 0.0)
 
@@ -58,3 +62,17 @@ class Cells:
             For each cell its V corners (V, L), counter-clockwise for L = 2; V = 0 for a cell outside the box.
         """
         raise InvalidData(f"cells can be drawn in one or two dimensions, but these have {self.dim}.")
+
+
+def weighted_points(points: Tensor, exists: Tensor) -> Tensor:
+    """Points (R, G, L) in homogeneous coordinates (R, G, L + 1), with weights w = 1 / (s + |v|); zero for
+    padding.
+
+    The scale s is the distance of the cell's farthest corner, at most 1. It is at least 1e-8, halfway
+    between numbers of size 1 and their rounding errors: a corner nearer to the origin may be there by
+    rounding only.
+    """
+    distance = torch.where(exists, torch.linalg.vector_norm(points, dim=-1), 0.0)
+    scale = distance.amax(1, keepdim=True).clamp(1e-8, 1.0)
+    weight = torch.where(exists, 1 / (scale + distance), 0.0)[..., None]
+    return torch.cat([torch.where(exists[..., None], points, 0.0) * weight, weight], dim=-1)

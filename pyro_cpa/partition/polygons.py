@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .convex import Bound, Cells
+from .convex import Bound, Cells, weighted_points
 from .walls import NOISE, Walls
 
 __all__ = ["Polygons", "halves"]
@@ -85,8 +85,7 @@ class Polygons(Cells):
         points = (
             torch.where(is_edge, self.offsets, 0.0)[..., None] * self.normals + along[..., None] * tangents
         )
-        weight = torch.where(is_edge, 1 / (1 + torch.hypot(points[..., 0], points[..., 1])), 0.0)
-        corners = torch.cat([points * weight[..., None], weight[..., None]], dim=-1)
+        corners = weighted_points(points, is_edge)
         if not bool((start_open | end_open).any()):
             return corners
         inward = -self.normals[:, 0] * (is_edge.sum(1) == 1)[:, None]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import note
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -12,7 +13,18 @@ from pyro_cpa.partition import Abs
 
 __all__ = ["MODES", "UNITS", "decoders", "random_decoder"]
 
-MODES = ("plain", "integer", "zero", "duplicated", "huge", "tiny", "dead", "cancelling", "unbiased", "rank one")
+MODES = (
+    "plain",
+    "integer",
+    "zero",
+    "duplicated",
+    "huge",
+    "tiny",
+    "dead",
+    "cancelling",
+    "unbiased",
+    "rank one",
+)
 UNITS = {
     "relu": nn.ReLU,
     "leaky": lambda: nn.LeakyReLU(0.1),
@@ -70,13 +82,16 @@ def random_decoder(
 
 
 @st.composite
-def decoders(draw: st.DrawFn, latent_dim: int, modes: tuple[str, ...] = MODES, units: tuple[str, ...] = tuple(UNITS)):
+def decoders(
+    draw: st.DrawFn, latent_dim: int, modes: tuple[str, ...] = MODES, units: tuple[str, ...] = tuple(UNITS)
+):
     """Decoders with up to three hidden layers of one to six units."""
     depth = draw(st.integers(1, 3))
-    return random_decoder(
-        latent_dim,
-        seed=draw(st.integers(0, 2**31)),
-        widths=[draw(st.integers(1, 6)) for _ in range(depth)],
-        modes=[draw(st.sampled_from(modes)) for _ in range(depth)],
-        units=[draw(st.sampled_from(units)) for _ in range(depth)],
-    )
+    recipe = {
+        "seed": draw(st.integers(0, 2**31)),
+        "widths": [draw(st.integers(1, 6)) for _ in range(depth)],
+        "modes": [draw(st.sampled_from(modes)) for _ in range(depth)],
+        "units": [draw(st.sampled_from(units)) for _ in range(depth)],
+    }
+    note(f"random_decoder({latent_dim}, **{recipe})")
+    return random_decoder(latent_dim, **recipe)

@@ -56,7 +56,11 @@ def rational_regions(decoder: nn.Sequential, box: int) -> list[list[Point]]:
     for module in decoder:
         if isinstance(module, nn.Linear):
             weight = [[Fraction(w) for w in row] for row in module.weight.tolist()]
-            bias = [Fraction(0)] * len(weight) if module.bias is None else list(map(Fraction, module.bias.tolist()))
+            bias = (
+                [Fraction(0)] * len(weight)
+                if module.bias is None
+                else list(map(Fraction, module.bias.tolist()))
+            )
             regions = [(polygon, _affine(weight, bias, maps)) for polygon, maps in regions]
             continue
         pieces = _pieces(module)

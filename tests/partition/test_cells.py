@@ -48,7 +48,9 @@ def test_regular_polygon(n):
 @pytest.mark.parametrize(("width", "distance"), [(1e-9, 1.0), (1e-3, 1.0), (1e-3, 1e6)])
 def test_needle_keeps_its_width(width, distance):
     # Two nearly parallel sides at a distance, closed by two others; and cut across in the middle.
-    needle = polygon((0.3, distance), (0.3 + np.pi, width - distance), (0.3 + np.pi / 2, 50.0), (0.3 - np.pi / 2, 50.0))
+    needle = polygon(
+        (0.3, distance), (0.3 + np.pi, width - distance), (0.3 + np.pi / 2, 50.0), (0.3 - np.pi / 2, 50.0)
+    )
     assert float(needle.offsets[0, :2].sum()) == pytest.approx(width, abs=1e-15 * distance)
     below, above = cut(needle, 0.3 + np.pi / 2, 1.0)
     for part, length in ((below, 51.0), (above, 49.0)):
@@ -108,7 +110,9 @@ def test_walls_that_only_touch_do_not_cross():
 
 
 def test_cells_outside_the_box_are_empty():
-    cells = Polygons.cat([polygon((0.0, -10.0)), polygon((np.pi, -10.0)), polygon((0.0, 0.0)), polygon((0.0, 10.0))])
+    cells = Polygons.cat(
+        [polygon((0.0, -10.0)), polygon((np.pi, -10.0)), polygon((0.0, 0.0)), polygon((0.0, 10.0))]
+    )
     sizes = [area(corners) for corners in cells.clip_to_box(-1.0, 1.0)]
     assert sizes == pytest.approx([0.0, 0.0, 2.0, 4.0])
 
@@ -117,7 +121,9 @@ def test_intervals():
     cells = Intervals(torch.tensor([-torch.inf, 0.0, 1e-9, 5.0]), torch.tensor([0.0, 1e-9, 5.0, torch.inf]))
     inside = cells.interior_points()[:, 0]
     assert ((cells.lower < inside) & (inside < cells.upper)).all()
-    assert [area(ends) for ends in cells.clip_to_box(-1.0, 2.0)] == pytest.approx([1.0, 1e-9, 2.0 - 1e-9, 0.0])
+    assert [area(ends) for ends in cells.clip_to_box(-1.0, 2.0)] == pytest.approx(
+        [1.0, 1e-9, 2.0 - 1e-9, 0.0]
+    )
     assert Intervals(torch.tensor([-torch.inf]), torch.tensor([torch.inf])).interior_points().item() == 0.0
     assert area(WholeSpace(1).clip_to_box(-1.0, 2.0)[0]) == 3.0
 

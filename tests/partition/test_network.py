@@ -48,7 +48,9 @@ def test_refusals_name_module_place_and_replacement(module, replacement):
 @pytest.mark.parametrize("module", [nn.Dropout(0.5), nn.BatchNorm1d(4)], ids=["Dropout", "BatchNorm1d"])
 def test_training_mode_is_refused(module):
     decoder = nn.Sequential(nn.Linear(2, 4), module)
-    with pytest.raises(UnsupportedModule, match=rf"decoder\.1: {type(module).__name__} .* training mode .*\.eval\(\)"):
+    with pytest.raises(
+        UnsupportedModule, match=rf"decoder\.1: {type(module).__name__} .* training mode .*\.eval\(\)"
+    ):
         enumerate_regions(decoder)
     assert enumerate_regions(decoder.eval()).num_regions == 1
     enumerate_regions(nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.0)))

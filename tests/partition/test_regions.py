@@ -81,7 +81,9 @@ def test_maps_follow_the_parameters_and_stored_ones_do_not():
     assert torch.allclose(apply(*after, z)[same], decoder(z)[same], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["leaky-1", "deep-2", "prelu-2", "hardtanh-2", "batch-norm-2", "nested-2", "relu6-2"])
+@pytest.mark.parametrize(
+    "name", ["leaky-1", "deep-2", "prelu-2", "hardtanh-2", "batch-norm-2", "nested-2", "relu6-2"]
+)
 def test_inputs_and_derivatives_of_every_linear_layer(name):
     decoder, L = build(name)
     part = enumerate_regions(decoder)
