@@ -10,9 +10,9 @@ from pyro_cpa.models.exact_conditional import ConditionalCPAGenerator
 from pyro_cpa.models.exact_mixture import MixtureCPAGenerator
 from pyro_cpa.models.factor_analysis import PPCA, FactorAnalysis
 from pyro_cpa.models.gaussian_mixture_vae import GaussianMixtureVAE
+from pyro_cpa.models.gaussian_noise import GaussianNoise
 from pyro_cpa.models.helmholtz_chain import HelmholtzChain
 from pyro_cpa.models.helmholtz_machine import BidirectionalHelmholtzMachine
-from pyro_cpa.models.gaussian_noise import GaussianNoise
 from pyro_cpa.models.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Normal
 from pyro_cpa.models.linear_guide import LinearGuide
 from pyro_cpa.models.sigmoid_belief_net import SigmoidBeliefNet
