@@ -15,7 +15,7 @@ from torch.distributions.constraints import Constraint
 from ..errors import InvalidData
 from .expectation import evidence, region_posteriors
 from .missing import missing_given_observed
-from .parameters import check_data
+from .parameters import Shape, check_data
 from .pieces import PiecewiseJoint
 from .posterior import CPAPosterior
 
@@ -63,7 +63,7 @@ class CPAConditional(TorchDistribution):
         self._latent = CPAPosterior(joint, x)
         super().__init__(self._base_shape, x.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> CPAConditional:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> CPAConditional:
         new = self._get_checked_instance(CPAConditional, _instance)
         x = self._x.reshape(self._base_shape + self._x.shape[-1:]).expand(
             torch.Size(batch_shape) + self._x.shape[-1:]
@@ -127,7 +127,7 @@ class CPAConditional(TorchDistribution):
         return self._shaped(torch.cat(found))
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
         """Exact completions: sample_shape + batch_shape + (D,), observed entries kept."""
         z = self._latent.sample(sample_shape).double()
         z = z.reshape(-1, len(self._x), z.shape[-1])

@@ -16,7 +16,7 @@ from ..partition import Partition, enumerate_regions
 from .conditional import CPAConditional
 from .constraints import real_or_missing_vector
 from .fisher import differentiable_evidence
-from .parameters import check_data, noise_factor, prior_factors
+from .parameters import Shape, check_data, noise_factor, prior_factors
 from .pieces import GaussianNoise, GaussianPrior, PiecewiseJoint
 from .posterior import CPAPosterior
 
@@ -107,7 +107,7 @@ class CPAMarginal(TorchDistribution):
         self.joint = PiecewiseJoint(partition, prior, noise, memory_budget)
         super().__init__(torch.Size(), torch.Size([D]), validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> CPAMarginal:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> CPAMarginal:
         new = self._get_checked_instance(CPAMarginal, _instance)
         for name in ("partition", "_noise_scale", "_prior_loc", "_prior_tril", "_dtype", "joint"):
             setattr(new, name, getattr(self, name))
@@ -141,7 +141,7 @@ class CPAMarginal(TorchDistribution):
         """Exact p(missing | observed) of the rows of x (..., D), in which NaN marks the missing entries."""
         return CPAConditional(self.joint, x)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
         """Reparameterised draws of x: z from the prior, decoded, plus noise."""
         shape = torch.Size(sample_shape) + self.batch_shape
         like = self._prior_loc

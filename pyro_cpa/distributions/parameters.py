@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..errors import InvalidData
 
-__all__ = ["check_data", "noise_factor", "prior_factors"]
+__all__ = ["Shape", "check_data", "noise_factor", "prior_factors"]
+
+Shape = torch.Size | list[int] | tuple[int, ...]
 
 
 def check_data(x: Tensor, data_dim: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.distributions.constraints import Constraint
 from .. import integrals
 from ..errors import InvalidData
 from .expectation import region_log_probs, region_posteriors
-from .parameters import check_data
+from .parameters import Shape, check_data
 from .pieces import Pieces, PiecewiseJoint
 from .quantiles import mixture_quantiles
 
@@ -79,7 +79,7 @@ class CPAPosterior(TorchDistribution):
         event = torch.Size([joint.partition.latent_dim])
         super().__init__(self._base_shape, event, validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> CPAPosterior:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> CPAPosterior:
         new = self._get_checked_instance(CPAPosterior, _instance)
         batch_shape = torch.Size(batch_shape)
         grown = len(self._base_shape) > len(batch_shape) or any(
@@ -145,7 +145,7 @@ class CPAPosterior(TorchDistribution):
         return torch.cat(found).reshape(shape).to(self._dtype)
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
         """Exact draws: a region by its probability, then a truncated Gaussian; sample_shape + batch_shape + (L,)."""
         extra = self.batch_shape[: len(self.batch_shape) - len(self._base_shape)]
         shape = torch.Size(sample_shape) + extra

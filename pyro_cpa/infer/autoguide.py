@@ -205,7 +205,7 @@ class AutoCPAPosterior(AutoGuide):
         assert name is not None
         with torch.no_grad(), poutine.block():
             given = poutine.condition(self.model, data={k: v.detach() for k, v in values.items()})
-            site = poutine.trace(given).get_trace(*args, **kwargs).nodes[name]
+            site: Any = poutine.trace(given).get_trace(*args, **kwargs).nodes[name]
         with ExitStack() as stack:
             for frame in site["cond_indep_stack"]:
                 stack.enter_context(plates[frame.name])
@@ -226,7 +226,7 @@ class AutoCPAPosterior(AutoGuide):
         return {problem.latent: self._posterior(problem).quantiles(quantiles)}
 
 
-def _noise_argument(noise_scale: Tensor) -> dict[str, Tensor]:
+def _noise_argument(noise_scale: Tensor) -> dict[str, Any]:
     if noise_scale.dim() == 1:
         return {"scale": noise_scale}
     return {"covariance_matrix": noise_scale @ noise_scale.mT}

@@ -156,7 +156,7 @@ def pointwise_log_likelihood(
                 poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
             )
             for name in trace.observation_nodes:
-                site = trace.nodes[name]
+                site: Any = trace.nodes[name]
                 if site["infer"].get("_deterministic"):
                     continue
                 log_prob = site["fn"].log_prob(site["value"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import SGD
+from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -63,7 +63,7 @@ class AbstractExactFit(SVI):
         if ridge < 0:
             raise InvalidData(f"ridge is {ridge}: expected a precision >= 0")
         # SVI insists on an optimiser; exact fits move the parameters themselves.
-        super().__init__(model, guide, SGD({"lr": 0.0}), loss=Trace_ELBO())
+        super().__init__(model, guide, PyroOptim(torch.optim.SGD, {"lr": 0.0}), loss=Trace_ELBO())
         self.ridge = ridge
         self.history: list[StepRecord] = []
         self._rows = 0

@@ -13,6 +13,8 @@ quadratically. Pure functions of a partition and the statistics of one E-step; n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -114,7 +116,13 @@ def hidden_layer(
     return new[:, :-1], new[:, -1]
 
 
-def _conjugate_gradients(normal, right, precondition, max_iterations: int, tolerance: float) -> Tensor:  # type: ignore[no-untyped-def]
+def _conjugate_gradients(
+    normal: Callable[[Tensor], Tensor],
+    right: Tensor,
+    precondition: Callable[[Tensor], Tensor],
+    max_iterations: int,
+    tolerance: float,
+) -> Tensor:
     """Solve normal(delta) = right from delta = 0; on a singular system the part in its range."""
     delta, residual = torch.zeros_like(right), right
     ahead = precondition(residual)

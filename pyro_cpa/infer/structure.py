@@ -61,9 +61,10 @@ def read_problem(trace: Trace, decoder: Callable[[Tensor], Tensor], check_mean: 
     Raises:
         UnsupportedModel: names the site that does not fit.
     """
+    nodes: dict[str, Any] = trace.nodes
     sites = [
         (name, site)
-        for name, site in trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample"
         and not site_is_subsample(site)
         and not site["infer"].get("_deterministic")
@@ -106,7 +107,7 @@ def read_problem(trace: Trace, decoder: Callable[[Tensor], Tensor], check_mean: 
     )
 
 
-def _only(sites: list[tuple[str, dict]], kind: str) -> tuple[str, Any]:
+def _only(sites: list[tuple[str, Any]], kind: str) -> tuple[str, Any]:
     if len(sites) != 1:
         found = ", ".join(f"'{n}'" for n, _ in sites) or "none"
         raise UnsupportedModel(
