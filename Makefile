@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# ArviZ 1.x needs Python >= 3.12.
+PYTHON312 ?= $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/python3.12 python3.13; do \
+	$$p -c "" 2>/dev/null && echo $$p && break; done)
+VENV312 ?= .venv312
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-arviz1 lint types clean
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,6 +23,18 @@ demo: $(VENV)/installed-demo
 test: $(VENV)/installed-test lint types
 	$(BIN)/python -m pytest $(ARGS)
 
+# The parts that touch ArviZ, under ArviZ 1.x in an environment of its own.
+test-arviz1: $(VENV312)/installed
+	$(VENV312)/bin/python -m pytest tests/criticism tests/distributions tests/infer $(ARGS)
+
+$(VENV312)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON312)" || { echo "ArviZ 1.x needs Python >= 3.12: none found, set PYTHON312="; exit 1; }
+	test -x $(VENV312)/bin/python || $(PYTHON312) -m venv $(VENV312)
+	$(VENV312)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV312)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV312)/bin/python -m pip install --quiet -c constraints.txt -e ".[test]" "arviz>=1.0"
+	touch $@
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,4 +43,4 @@ types: $(VENV)/installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV312) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
