@@ -79,8 +79,8 @@ class Recipe:
     labelled: bool = False
     batch_size: int = 100
     lr: float = 1e-3
-    particles: int = 500
-    test_rows: int = 1000
+    particles: int = 200
+    test_rows: int = 500
 
 
 # ---- what is particular to a model ---------------------------------------------------------------------
@@ -130,7 +130,7 @@ def classification(model: CoupledSigmoidNet, x: Tensor, y: Tensor) -> dict[str, 
 
 def helmholtz(model: BidirectionalHelmholtzMachine, x: Tensor, y: Tensor) -> dict[str, str]:
     two_log_z = model.two_log_z(10_000, 10)
-    tilde = torch.cat([model.log_p_tilde(part, 500).value for part in x[:1000].split(20)]).mean()
+    tilde = torch.cat([model.log_p_tilde(part, 200).value for part in x[:500].split(50)]).mean()
     return {
         "log p~*": f"{tilde:.2f}",
         "2 log Z": f"{two_log_z.value:.2f} +- {two_log_z.standard_error:.2f}",
@@ -190,7 +190,7 @@ RECIPES = {
         bound=analytic,
         also=step_divergences,
         particles=50,
-        test_rows=200,
+        test_rows=100,
     ),
     "sbn": Recipe(
         build=lambda x: SigmoidBeliefNet(784, (200, 200, 200), data_mean=x.mean(0)),

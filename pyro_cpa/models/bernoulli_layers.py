@@ -24,19 +24,18 @@ from torch import Tensor, nn
 
 from pyro_cpa.errors import InvalidData
 from pyro_cpa.infer.evidence import Evidence, log_evidence
+from pyro_cpa.models.latent_model import check_count
 
 __all__ = [
     "AbstractBernoulliStack",
     "Shift",
     "check_binary",
-    "check_sizes",
     "check_stack",
     "deterministic_map",
 ]
 
 # Rows (particles x data) that pass through the nets at once: bounds the memory, not the result.
 MAX_ROWS = 2**14
-# rows (particles x data) that pass through the nets at once; bounds the memory, not the result
 
 
 def check_binary(x: Tensor, dim: int, like: Tensor, name: str = "x") -> Tensor:
@@ -71,28 +70,17 @@ def check_binary(x: Tensor, dim: int, like: Tensor, name: str = "x") -> Tensor:
     return x
 
 
-def check_sizes(**sizes: int) -> None:
-    """Refuse a size that is not a positive integer.
-
-    Raises:
-        InvalidData: naming the first such argument.
-    """
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidData(f"{name} is {value!r}; expected a positive integer.")
-
-
 def check_stack(
     data_dim: int, layer_sizes: Sequence[int], deterministic: int, deterministic_size: int | None
 ) -> tuple[int, ...]:
     """``(data_dim, *layer_sizes)`` after checking all sizes of a stack."""
-    check_sizes(data_dim=data_dim, **{f"layer_sizes[{i}]": size for i, size in enumerate(layer_sizes)})
+    check_count(data_dim=data_dim, **{f"layer_sizes[{i}]": size for i, size in enumerate(layer_sizes)})
     if not layer_sizes:
         raise InvalidData("layer_sizes is empty; expected at least one latent layer.")
     if deterministic < 0:
         raise InvalidData(f"deterministic is {deterministic}; expected the number of tanh layers, 0 or more.")
     if deterministic_size is not None:
-        check_sizes(deterministic_size=deterministic_size)
+        check_count(deterministic_size=deterministic_size)
     return (data_dim, *layer_sizes)
 
 
@@ -223,7 +211,7 @@ class AbstractBernoulliStack(PyroModule):
     @torch.no_grad()
     def sample_generation(self, num_samples: int, top: Tensor | None = None) -> list[Tensor]:
         """Ancestral samples of p: ``[x, z_1, ..., z_L]``, each (num_samples, H_l); ``top`` clamps z_L."""
-        check_sizes(num_samples=num_samples)
+        check_count(num_samples=num_samples)
         last = len(self.sizes) - 1
         layers = [self.layer(last, self.top_logits()).sample((num_samples,)) if top is None else top]
         for level in range(last - 1, -1, -1):
@@ -249,7 +237,7 @@ class AbstractBernoulliStack(PyroModule):
         Returns:
             (K, N), without gradient.
         """
-        check_sizes(num_particles=num_particles)
+        check_count(num_particles=num_particles)
         x = self.check(x)
         at_once = max(1, min(num_particles, MAX_ROWS // max(1, len(x))))
         blocks = []

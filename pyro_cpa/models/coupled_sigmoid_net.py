@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_cpa.errors import InvalidData
-from pyro_cpa.models.bernoulli_layers import AbstractBernoulliStack, check_sizes
+from pyro_cpa.models.bernoulli_layers import AbstractBernoulliStack
+from pyro_cpa.models.latent_model import UNLABELLED, check_count, check_labels
 
 __all__ = ["CoupledLosses", "CoupledSigmoidNet", "TransposedLinear"]
-
-UNLABELLED = -1
 
 
 class CoupledLosses(NamedTuple):
@@ -108,10 +107,10 @@ class CoupledSigmoidNet(AbstractBernoulliStack):
     """
 
     def __init__(self, data_dim: int, layer_sizes: Sequence[int], num_classes: int | None = None) -> None:
-        check_sizes(data_dim=data_dim, **{f"layer_sizes[{i}]": size for i, size in enumerate(layer_sizes)})
+        check_count(data_dim=data_dim, **{f"layer_sizes[{i}]": size for i, size in enumerate(layer_sizes)})
         top = () if num_classes is None else (num_classes,)
         if num_classes is not None:
-            check_sizes(num_classes=num_classes)
+            check_count(num_classes=num_classes)
         sizes = (data_dim, *layer_sizes, *top)
         if len(sizes) == 1:
             raise InvalidData(
@@ -279,7 +278,6 @@ class CoupledSigmoidNet(AbstractBernoulliStack):
         top = None
         if y is not None:
             self._need_classes("generate(y=...)")
-            y = torch.full((n,), y) if isinstance(y, int) else y
             top, labelled = self._labels(next(self.parameters()).new_empty(n), y)
             if not labelled.all():
                 raise InvalidData(f"y holds {UNLABELLED}; expected classes 0..{self.sizes[-1] - 1}.")
@@ -291,25 +289,15 @@ class CoupledSigmoidNet(AbstractBernoulliStack):
             raise InvalidData(f"{what} needs classes; this net has none. Build it with num_classes=C.")
         return self.num_classes
 
-    def _labels(self, x: Tensor, y: Tensor | None) -> tuple[Tensor | None, Any]:
+    def _labels(self, x: Tensor, y: Tensor | int | None) -> tuple[Tensor | None, Any]:
         """(N, C) one-hot labels and (N,) boolean, which rows have one; no labels at all is (None, False)."""
         unlabelled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if y is None:
             return None, unlabelled
         num_classes = self._need_classes("y")
-        integer = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-        if not integer or y.shape != (len(x),):
-            raise InvalidData(
-                f"y is {y.dtype} of shape {tuple(y.shape)}; expected integers of shape ({len(x)},)."
-            )
-        if bool(((y < UNLABELLED) | (y >= num_classes)).any()):
-            raise InvalidData(
-                f"y ranges from {int(y.min())} to {int(y.max())}; expected classes 0 to "
-                f"{num_classes - 1}, and {UNLABELLED} for an unlabelled row."
-            )
-        y = y.to(next(self.parameters()).device)
+        y = check_labels(y, len(x), num_classes, missing=UNLABELLED).to(next(self.parameters()).device)
         labelled = y != UNLABELLED
         if not labelled.any():
             return None, unlabelled
-        onehot = F.one_hot(y.clamp(min=0).long(), num_classes)  # rows of -1 are masked out
+        onehot = F.one_hot(y.clamp(min=0), num_classes)  # rows of -1 are masked out
         return onehot.to(next(self.parameters()).dtype), labelled

@@ -16,14 +16,19 @@ from torch import Tensor, nn
 
 from pyro_cpa.errors import InvalidData, UnsupportedModel
 from pyro_cpa.infer.evidence import Evidence
-from pyro_cpa.models.latent_model import AbstractLatentModel, check_count, check_labels, one_hot_labels
+from pyro_cpa.models.latent_model import (
+    UNLABELLED,
+    AbstractLatentModel,
+    check_count,
+    check_labels,
+    one_hot_labels,
+)
 from pyro_cpa.models.likelihoods import AbstractLikelihood, Bernoulli, Mode
 from pyro_cpa.models.networks import Activation, LabelledNetworks, LabelPlacement, mlp, xavier_start
 from pyro_cpa.models.relaxed_category import RelaxedCategory
 
-__all__ = ["GaussianMixtureVAE", "UNLABELLED"]
+__all__ = ["GaussianMixtureVAE"]
 
-UNLABELLED = -1
 ClusterTreatment = Literal["enumerate", "sample", "relax"]
 
 

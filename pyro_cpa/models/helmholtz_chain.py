@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pyro_cpa.errors import InvalidData
-from pyro_cpa.models.bernoulli_layers import check_binary, check_sizes
+from pyro_cpa.models.bernoulli_layers import check_binary
+from pyro_cpa.models.latent_model import check_count
 
 if TYPE_CHECKING:
     from pyro_cpa.models.helmholtz_machine import BidirectionalHelmholtzMachine
@@ -87,7 +88,7 @@ class HelmholtzChain:
     @torch.no_grad()
     def sweep(self, num_sweeps: int = 1) -> HelmholtzChain:
         """Run ``num_sweeps`` sweeps and return the chain itself."""
-        check_sizes(num_sweeps=num_sweeps)
+        check_count(num_sweeps=num_sweeps)
         update = self._update_units if self.num_proposals is None else self._update_block
         for _ in range(num_sweeps):
             for level in (*range(1, len(self._states)), 0):

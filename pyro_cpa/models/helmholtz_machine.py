@@ -15,11 +15,11 @@ from pyro_cpa.errors import InvalidData
 from pyro_cpa.models.bernoulli_layers import (
     MAX_ROWS,
     AbstractBernoulliStack,
-    check_sizes,
     check_stack,
     deterministic_map,
 )
 from pyro_cpa.models.helmholtz_chain import HelmholtzChain, check_partly_observed
+from pyro_cpa.models.latent_model import check_count
 
 __all__ = ["BidirectionalHelmholtzMachine", "EffectiveSampleSize", "Estimate"]
 
@@ -196,7 +196,7 @@ class BidirectionalHelmholtzMachine(AbstractBernoulliStack):
             Exact as ``oversample`` grows, whatever ``num_inner``: the weight is unbiased and enters linearly.
             Samples are drawn with replacement, so they repeat where the weights are uneven.
         """
-        check_sizes(n=n, oversample=oversample)
+        check_count(n=n, oversample=oversample)
         layers, log_w = self._pool(n * oversample, num_inner)
         chosen = torch.multinomial(torch.softmax(log_w, 0), n, replacement=True)
         return [layer[chosen] for layer in layers]
@@ -252,7 +252,7 @@ class BidirectionalHelmholtzMachine(AbstractBernoulliStack):
         Returns:
             (num_chains, N, D); observed entries are as given.
         """
-        check_sizes(num_chains=num_chains)
+        check_count(num_chains=num_chains)
         x, observed = check_partly_observed(x, observed, self.sizes[0], next(self.parameters()))
         rows, mask = x.repeat(num_chains, 1), observed.repeat(num_chains, 1)
         samples = self.chain(rows, mask, num_proposals).sweep(num_sweeps).layers[0]
@@ -260,7 +260,7 @@ class BidirectionalHelmholtzMachine(AbstractBernoulliStack):
 
     def _pool(self, num_samples: int, num_inner: int) -> tuple[list[Tensor], Tensor]:
         """Draws of p and the logarithms, (num_samples,), of their unnormalised weights under p*."""
-        check_sizes(num_samples=num_samples, num_inner=num_inner)
+        check_count(num_samples=num_samples, num_inner=num_inner)
         pool, log_w = [], []
         for start in range(0, num_samples, MAX_ROWS):
             layers = self.sample_generation(min(MAX_ROWS, num_samples - start))

@@ -19,7 +19,9 @@ from pyro_cpa.errors import InvalidData
 from pyro_cpa.infer.evidence import Evidence, log_evidence
 from pyro_cpa.models.likelihoods import AbstractLikelihood
 
-__all__ = ["AbstractLatentModel", "check_count", "check_labels", "one_hot_labels"]
+__all__ = ["UNLABELLED", "AbstractLatentModel", "check_count", "check_labels", "one_hot_labels"]
+
+UNLABELLED = -1  # in place of the label of a row that has none
 
 
 class AbstractLatentModel(PyroModule):

@@ -369,13 +369,13 @@ def test_generation_given_a_class_follows_the_conditional():
     [
         (
             lambda n, x: n.loss(x, torch.tensor([0, 3])),
-            "y ranges from 0 to 3; expected classes 0 to 2, and -1",
+            "a label is 3; expected integers from 0 to 2, or -1",
         ),
-        (lambda n, x: n.loss(x, torch.tensor([0, -2])), "y ranges from -2 to 0"),
-        (lambda n, x: n.model(x, torch.tensor([0.0, 1.0])), "y is torch.float64 of shape"),
-        (lambda n, x: n.guide(x, torch.tensor([0])), r"y is torch.int64 of shape \(1,\); expected integers"),
+        (lambda n, x: n.loss(x, torch.tensor([0, -2])), "a label is -2"),
+        (lambda n, x: n.model(x, torch.tensor([0.0, 0.5])), "a label is 0.5"),
+        (lambda n, x: n.guide(x, torch.tensor([0])), r"the labels have shape \(1,\); expected \(2,\)"),
         (lambda n, x: n.error(x, torch.tensor([0, -1])), "y holds -1; expected a label for every row"),
-        (lambda n, x: n.generate(2, y=3), "y ranges from 3 to 3"),
+        (lambda n, x: n.generate(2, y=3), "a label is 3"),
         (lambda n, x: n.generate(2, y=-1), "y holds -1; expected classes"),
         (lambda n, x: n.loss(x + 0.5), "expected only 0 and 1"),
         (lambda n, x: CoupledSigmoidNet(4, ()), "at least one latent layer"),
