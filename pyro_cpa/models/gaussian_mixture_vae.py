@@ -138,10 +138,12 @@ class GaussianMixtureVAE(AbstractLatentModel):
         x = self.checked(x)
         networks = self.networks
         with self.data_plate(len(x), size):
-            if labels is not None and self.label_weight:
+            if labels is not None:
                 known, one_hot = self._known(labels, len(x))
-                fit = (self._logits(x).log_softmax(-1) * one_hot).sum(-1)
-                pyro.factor("label_fit", self.label_weight * torch.where(known, fit, torch.zeros_like(fit)))
+                if self.label_weight:
+                    fit = (self._logits(x).log_softmax(-1) * one_hot).sum(-1)
+                    fit = torch.where(known, fit, torch.zeros_like(fit))
+                    pyro.factor("label_fit", self.label_weight * fit)
             y = pyro.sample("y", self._cluster_distribution(self.origin.new_zeros(self.num_clusters)))
             z = pyro.sample("z", networks.prior(y))
             outputs = networks.decode(z, y)
