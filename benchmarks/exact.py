@@ -231,8 +231,11 @@ def _guided(model: Published) -> tuple[Published, AutoCPAPosterior]:
 
 FITS = {
     "EM": lambda model: (EM(*_guided(model)), {"num_steps": 75, "tol": 0.0}),
-    "EM+L-BFGS": lambda model: (EM(*_guided(model), accelerate="lbfgs"), {"num_steps": 16, "tol": 1e-4}),
-    "ExactML": lambda model: (ExactML(*_guided(model)), {"num_steps": 40, "tol": 1e-4}),
+    "EM+L-BFGS": lambda model: (EM(*_guided(model), accelerate="lbfgs"), {"num_steps": 16, "tol": 1e-3}),
+    "ExactML": lambda model: (
+        ExactML(*_guided(model), iterations_per_step=50),
+        {"num_steps": 22, "tol": 1e-3},
+    ),
 }
 
 

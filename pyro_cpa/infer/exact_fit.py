@@ -143,11 +143,6 @@ class LBFGSRound:
         self.fit, self.iterations = fit, iterations
         self._optimizer: torch.optim.LBFGS | None = None
 
-    def forget(self) -> None:
-        """Drop the curvature gathered so far, which misleads once something else has moved the parameters."""
-        if self._optimizer is not None:
-            self._optimizer.state.clear()
-
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[float, float]:
         """One round; returns the summed evidence before it and after it.
 
