@@ -98,22 +98,27 @@ class FactorAnalysis(CPAGenerator):
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """p(z | x) in closed form, differentiable: batch shape (N,), event shape (L,)."""
-        centred, weight = self._whitening(self.checked(x))
+        x = self.checked(x)
+        missing = x.isnan()
+        # Complete rows all have the same covariance: it is then computed once.
+        observed = ~missing if bool(missing.any()) else ~missing[:1]
+        weight = observed / self.noise_variance
         precision = torch.einsum("nd,dl,dm->nlm", weight, self.loadings, self.loadings)
-        precision = precision + torch.eye(self.latent_dim).to(precision)
-        root = torch.linalg.cholesky(precision)
-        pull = (weight * centred) @ self.loadings
-        mean = torch.cholesky_solve(pull[..., None], root)[..., 0]
-        return dist.MultivariateNormal(mean, covariance_matrix=torch.cholesky_inverse(root))
+        root = torch.linalg.cholesky(precision + torch.eye(self.latent_dim).to(precision))
+        covariance = torch.cholesky_inverse(root)
+        pull = (weight * torch.where(missing, 0.0, x - self.mean)) @ self.loadings
+        mean = (covariance @ pull[..., None])[..., 0]
+        return dist.MultivariateNormal(mean, covariance_matrix=covariance)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """(N,) log p(x) of the observed entries in closed form, differentiable."""
-        x = self.checked(x)
-        posterior = self.posterior(x)
+        return self._log_prob(self.checked(x), self.posterior(x))
+
+    def _log_prob(self, x: Tensor, posterior: TorchDistribution) -> Tensor:
         # log p(x, z) - log p(z | x) at the posterior mean: no difference of large squares where noise is small.
         z = posterior.mean
-        at_mean = -posterior.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        at_mean = at_mean - 0.5 * math.log(2 * math.pi) * self.latent_dim
+        log_root = posterior.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        at_mean = -log_root - 0.5 * math.log(2 * math.pi) * self.latent_dim
         likelihood = self.likelihood(z @ self.loadings.mT + self.mean).log_prob(x)
         return likelihood + self.standard_normal().log_prob(z) - at_mean
 
@@ -136,8 +141,8 @@ class FactorAnalysis(CPAGenerator):
             InvalidData: If a column leaves no noise, or too few entries are observed to solve for its loadings.
         """
         x = self.checked(x)
-        loss = -self.log_prob(x).sum().item()
         posterior = self.posterior(x)
+        loss = -self._log_prob(x, posterior).sum().item()
         learns_mean = self.decoder.bias is not None
         first = nn.functional.pad(posterior.mean, (0, int(learns_mean)), value=1.0)
         spread = nn.functional.pad(posterior.covariance_matrix, (0, int(learns_mean)) * 2)
@@ -161,12 +166,6 @@ class FactorAnalysis(CPAGenerator):
             )
         self._write(maps[:, : self.latent_dim], maps[:, -1], scale)
         return loss
-
-    def _whitening(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, D) deviations from the mean, and precisions of the noise; both 0 where x is missing."""
-        missing = x.isnan()
-        zero = torch.zeros_like(x)
-        return torch.where(missing, zero, x - self.mean), torch.where(missing, zero, 1 / self.noise_variance)
 
     @torch.no_grad()
     def _write(self, loadings: Tensor, mean: Tensor, scale: Tensor) -> None:
