@@ -239,6 +239,7 @@ def _same(kept: list[Tensor], now: list[Tensor]) -> bool:
 def _identical(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return a is b
-    return (
-        a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-    )
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # NaN, which marks missing data, equals itself here.
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

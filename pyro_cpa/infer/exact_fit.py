@@ -126,9 +126,11 @@ class AbstractExactFit(SVI):
 
     def _penalty(self) -> Tensor:
         """ridge / 2 times the sum of squared weights of the decoder's linear layers, differentiable."""
+        if not self.ridge:
+            return torch.zeros(())
         linears = self.guide.partition().network.linears
         squares = [layer.weight.double().square().sum() for layer in linears]
-        return 0.5 * self.ridge * torch.stack(squares).sum() if self.ridge else torch.zeros(())
+        return 0.5 * self.ridge * torch.stack(squares).sum()
 
 
 class LBFGSRound:
