@@ -70,36 +70,39 @@ class _CutTree:
     """
 
     def __init__(self) -> None:
-        self._normals: list[Tensor] = []
-        self._offsets: list[Tensor] = []
-        self._slots: list[Tensor] = []
+        self._walls: list[tuple[Tensor, Tensor, Tensor]] = []
         self._size = 0
+        self._table: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, slots: Tensor, walls: Walls) -> Tensor:
         """Put one node into each of ``slots``; returns the slots of all lower, then of all upper children."""
-        self._normals.append(walls.normal)
-        self._offsets.append(walls.offset)
-        self._slots.append(slots)
+        self._walls.append((slots, walls.normal, walls.offset))
+        self._table = None
         nodes = torch.arange(self._size, self._size + len(slots), device=slots.device)
         self._size += len(slots)
         return torch.cat([1 + 2 * nodes, 2 + 2 * nodes])
 
     def locate(self, z: Tensor, leaves: Tensor) -> Tensor:
-        """Cell of each point of z (N, 2); ``leaves`` are the slots of the cells."""
+        """Cell of each point of z (N, 2); ``leaves`` are the slots of the cells, in order."""
         if self._size == 0:
             return torch.zeros(len(z), dtype=torch.long, device=z.device)
-        self._normals, self._offsets, self._slots = (
-            [torch.cat(parts)] for parts in (self._normals, self._offsets, self._slots)
-        )
-        normals, offsets = self._normals[0], self._offsets[0]
-        child = leaves.new_empty(1 + 2 * self._size)
-        child[self._slots[0]] = torch.arange(self._size, device=child.device)
-        child[leaves] = ~torch.arange(len(leaves), device=child.device)
-        found = child[:1].expand(len(z)).clone()
+        if self._table is None:
+            self._table = self._tabulate(leaves)
+        content, normals, offsets = self._table
+        found = content[:1].expand(len(z)).clone()
         active = torch.arange(len(z), device=z.device)
         while len(active):
             node = found[active]
             above = (normals[node] * z[active]).sum(-1) > offsets[node]
-            found[active] = child[1 + 2 * node + above.long()]
+            found[active] = content[1 + 2 * node + above.long()]
             active = active[found[active] >= 0]
         return ~found
+
+    def _tabulate(self, leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Content of every slot, and the walls of all nodes."""
+        slots, normals, offsets = (torch.cat(parts) for parts in zip(*self._walls, strict=True))
+        content = torch.empty(1 + 2 * self._size, dtype=torch.long, device=leaves.device)
+        content[slots] = torch.arange(self._size, device=leaves.device)
+        content[leaves] = ~torch.arange(len(leaves), device=leaves.device)
+        self._walls = [(slots, normals, offsets)]
+        return content, normals, offsets

@@ -98,7 +98,7 @@ def _traced(module: nn.Module, place: str) -> Iterator[Link]:
             continue
         where = f"{place}.{node.target}" if node.op == "call_module" else place
         label = getattr(node.target, "__name__", str(node.target))
-        if node.all_input_nodes != [current] or len(current.users) > 1:
+        if node.all_input_nodes != [current]:
             reason = f"its forward is no chain in which each step takes the one before ({node.format_node()})"
             raise refuse(place, name, reason)
         current = node

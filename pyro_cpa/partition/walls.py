@@ -20,8 +20,8 @@ NOISE = 16 * torch.finfo(torch.float64).eps
 A wall that reaches no deeper than this into a cell cannot be told from one that touches it: walls of
 duplicated neurons, walls through a common corner and units whose slopes cancel would otherwise leave
 regions of width 1e-16. Sums of a few hundred terms err by one or two eps of their absolute sum, corners by
-as much again; 16 covers both. What is
-lost by leaving such a wall out is of the size of the rounding error of the network itself."""
+as much again; 16 covers both. What is lost by leaving such a wall out is no more than the rounding error of
+the network itself."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,6 @@ def crossing_walls(generators: Tensor, maps: Tensor, magnitude: Tensor, layer: E
             tilt=tilt,
             shift=shift + NOISE * knot.expand(maps.shape[-1])[unit].abs() / size,
         )
-        # A wall whose offset overflows lies outside every number that a float can hold.
-        found.append(walls[torch.isfinite(walls.offset) & walls.cross(generators[cell])])
+        # A wall whose offset overflows crosses nothing: its depths are infinite or NaN.
+        found.append(walls[walls.cross(generators[cell])])
     return Walls.cat(found)

@@ -256,6 +256,17 @@ def test_three_dimensions_and_more(latent_dim):
     assert_is_partition(decoder, part, latent_dim)
 
 
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_walls_beyond_every_float_are_left_out(latent_dim):
+    decoder = mlp(latent_dim, 3, 2)
+    with torch.no_grad():
+        decoder[0].weight[:2] *= 1e-310
+        decoder[0].bias[:2] = torch.tensor([1.0, -1.0])
+    part = enumerate_regions(decoder)
+    assert part.num_regions == 2
+    assert_is_partition(decoder, part, latent_dim)
+
+
 def test_overflow_is_said():
     decoder = mlp(2, 3, 3, 3, 1)
     with torch.no_grad():

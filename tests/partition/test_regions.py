@@ -146,5 +146,15 @@ def test_a_network_can_be_enumerated_again():
     assert round_trip_error(decoder, first, z) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["leaky-1", "deep-2", "hardtanh-2", "batch-norm-2"])
+def test_the_default_dtype_does_not_matter(name):
+    decoder, _ = build(name)
+    part = enumerate_regions(decoder)
+    torch.set_default_dtype(torch.float32)
+    again = enumerate_regions(decoder)
+    assert torch.equal(again.slopes, part.slopes) and torch.equal(again.offsets, part.offsets)
+    assert all(torch.equal(a, b) for a, b in zip(again.patterns, part.patterns, strict=True))
+
+
 def test_repr_tells_the_size():
     assert repr(enumerate_regions(mlp(1, 3, 2))) == "Partition(R^1 -> R^2, 4 regions)"
