@@ -113,7 +113,8 @@ class CPAGenerator(AbstractLatentModel):
         if learn_prior:
             self.prior_loc = PyroParam(torch.zeros(latent_dim))
             self.prior_scale_tril = PyroParam(torch.eye(latent_dim), constraints.lower_cholesky)
-        self.guide = AutoCPAPosterior(self.model, decoder=self.decoder, max_regions=max_regions)
+        self.max_regions = max_regions
+        self.guide = self._exact_guide()
 
     @pyro_method
     def model(self, x: Tensor, *, size: int | None = None) -> Tensor:
@@ -244,6 +245,18 @@ class CPAGenerator(AbstractLatentModel):
         # In a parameter store of its own, where no other model has parameters of the same names.
         with pyro.get_param_store().scope():
             return fit.run(self.checked(x), num_steps=num_steps, tol=tol, progress=progress)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's automatic guides lose their model when they are copied or pickled, the original's too.
+        modules = {name: module for name, module in self._modules.items() if name != "guide"}
+        return {**super().__getstate__(), "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.guide = self._exact_guide()
+
+    def _exact_guide(self) -> AutoCPAPosterior:
+        return AutoCPAPosterior(self.model, decoder=self.decoder, max_regions=self.max_regions)
 
     @property
     def _learns_noise(self) -> bool:
