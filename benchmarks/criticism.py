@@ -221,7 +221,7 @@ def comparison(seeds: int, smoke: bool) -> Rows:
         x = CPAMarginal(truth, scale).sample((900,))
         train, test = x[: 60 if smoke else 400].numpy(), x[400:].numpy()
         options = {"ridge": 0.01, "random_state": seed} | (
-            {"max_iter": 1} if smoke else {"n_init": 3, "max_iter": 15}
+            {"max_iter": 1} if smoke else {"n_init": 8, "max_iter": 15}
         )
         fits = {name: CPADensity(L, hidden, **options).fit(train) for name, (L, hidden) in shapes.items()}
         exact = compare(fits, test, x_train=train)

@@ -133,7 +133,7 @@ def _to_float(data: Any) -> np.ndarray:
 def _fill(data: Any, values: np.ndarray, filled: np.ndarray) -> Any:
     gaps = np.isnan(values)
     if not _is_frame(data):
-        return np.where(gaps, filled, values).astype(np.asarray(data).dtype)
+        return filled.astype(np.asarray(data).dtype)
     result = data.copy()
     for column in np.flatnonzero(gaps.any(axis=0)):
         cells = gaps[:, column]
