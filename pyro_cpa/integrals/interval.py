@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
-from pyro_cpa.integrals.normal import truncated_moments, truncated_quantile
+from pyro_cpa.integrals.normal import at_a_time, truncated_moments, truncated_quantile
 from pyro_cpa.partition.cells import Intervals
 
 __all__ = []
 
-_CHUNK = 32768  # pairs worked on at a time: what a processor's cache holds
+_CHUNK = 32768  # pairs per thread worked on at a time: what a processor's cache holds
 
 
 class _Whitened(NamedTuple):
@@ -49,7 +49,7 @@ def _map_pairs(
     deviation = deviation.expand(mean.shape) if deviation.dim() == 1 else deviation.expand(loc.shape[:-1])
     deviation = deviation.reshape(mean.shape)
     result = mean.new_empty(outputs, *mean.shape)
-    chunk = max(1, min(_CHUNK * torch.get_num_threads(), 2**24 // max(outputs, 1)))
+    chunk = max(1, min(at_a_time(_CHUNK, loc.device), 2**22 // max(outputs, 1)))
     columns = max(1, min(regions, chunk))
     rows = chunk // columns
     for column in range(0, regions, columns):

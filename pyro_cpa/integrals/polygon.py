@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
-from pyro_cpa.integrals.normal import HALF_LOG_2PI
+from pyro_cpa.integrals.normal import HALF_LOG_2PI, at_a_time
 from pyro_cpa.integrals.polygon_frame import Edges, sight, slicing_frame, whiten
 from pyro_cpa.integrals.polygon_sample import draw_points
 from pyro_cpa.integrals.polygon_slices import cut, integrate
@@ -53,12 +53,18 @@ def _map_pairs(
 ) -> Tensor:
     """Applies ``compute(edges, loc)``, (outputs, P) from P pairs, chunk by chunk: (outputs, ..., R)."""
     batch = loc.shape[:-1]
-    chunk = max(1, min(_CHUNK * torch.get_num_threads(), 2**20 // max(outputs, 1)))
-    if scale_tril.dim() > 3:
-        region = torch.arange(batch[-1], device=loc.device).expand(batch).reshape(-1)
-        scale_tril = scale_tril.expand(*batch, 2, 2).reshape(-1, 2, 2)
-        cells, loc = cells[region], loc.reshape(1, -1, 2)
+    chunk = max(1, min(at_a_time(_CHUNK, loc.device), 2**20 // max(outputs, 1)))
     loc = loc.reshape(-1, loc.shape[-2], 2)
+    if scale_tril.dim() > 3:
+        every = torch.arange(batch[-1], device=loc.device)
+        scale_tril = scale_tril.expand(*batch, 2, 2).reshape(*loc.shape, 2)
+        rows = max(1, 8 * chunk // max(1, batch[-1]))
+        parts = []
+        for means, factors in zip(loc.split(rows), scale_tril.split(rows), strict=True):
+            pairs = cells[every.repeat(means.shape[0])]
+            values = _map_pairs(pairs, means.reshape(-1, 2), factors.reshape(-1, 2, 2), outputs, compute)
+            parts.append(values.view(outputs, *means.shape[:2]))
+        return torch.cat(parts, dim=1).reshape(outputs, *batch)
     result = loc.new_empty(outputs, loc.shape[0], loc.shape[1])
     for group, members in _by_edge_count(cells):
         for part in torch.arange(len(members), device=loc.device).split(chunk):
@@ -125,7 +131,9 @@ def _sample(cells: Polygons, loc: Tensor, scale_tril: Tensor, sample_shape: tupl
     count = math.prod(sample_shape)
 
     def draw(edges: Edges, means: Tensor) -> Tensor:
-        return draw_points(slicing_frame(edges, sight(edges, means)), count).reshape(2 * count, means.shape[1])
+        return draw_points(slicing_frame(edges, sight(edges, means)), count).reshape(
+            2 * count, means.shape[1]
+        )
 
     draws = _map_pairs(cells, loc, scale_tril, 2 * count, draw)
     return draws.reshape(2, *sample_shape, *loc.shape[:-1]).movedim(0, -1)

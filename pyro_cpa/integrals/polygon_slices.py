@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_cpa.integrals.normal import gauss_legendre
+from pyro_cpa.integrals.normal import at_a_time, gauss_legendre
 from pyro_cpa.integrals.polygon_frame import WINDOW, Frame
 
 __all__ = ["Panels", "by_width", "cut", "integrate"]
@@ -28,7 +28,6 @@ __all__ = ["Panels", "by_width", "cut", "integrate"]
 _DECAY, _SPREAD = 26.0, 6.0  # 16 nodes integrate exp(-x) over so many units, or exp(-x^2/2), to 1e-12
 _SHORT = 0.17  # share of those units that 8 nodes do as well
 _BLOCK = 32768  # nodes per thread worked on at a time: what a processor's cache holds
-_NARROW = 0.05  # half-width below which the difference of two error functions loses digits
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
 
@@ -156,7 +155,7 @@ def integrate(frame: Frame, panels: Panels) -> Tensor:
     """
     result = frame.t0.new_empty(6, panels.pair.shape[0])
     few = panels.size <= _SHORT
-    block = _BLOCK * torch.get_num_threads()
+    block = at_a_time(_BLOCK, result.device)
     for chosen, slices in by_width(frame, panels):
         for nodes, sized in ((8, few), (16, ~few)):
             for index in torch.nonzero(chosen & sized).squeeze(-1).split(block // nodes):
@@ -168,13 +167,11 @@ def integrate(frame: Frame, panels: Panels) -> Tensor:
 
 def by_width(frame: Frame, panels: Panels) -> Iterator[tuple[Tensor, Callable[..., list[Tensor]]]]:
     """Which panels are served by which of the functions that integrate over slices."""
-    t0, s0 = frame.t0.index_select(0, panels.pair), frame.s0.index_select(0, panels.pair)
+    s0 = frame.s0.index_select(0, panels.pair)
     widest = panels.radius + panels.radius_rate.abs()
     change = widest * torch.maximum((s0 + panels.center).abs() + panels.center_rate.abs(), 2.0 * widest)
-    # The difference of two error functions would lose the moments of thin slices, above all where these are
-    # the ones that count, at a corner from which the density decays.
-    thin = (s0 != 0.0) | (widest < _NARROW * (1.0 + panels.half * t0))
-    smooth = change <= 0.7
+    # Between close ends the difference of two error functions would lose digits.
+    smooth, thin = change <= 0.7, s0 != 0.0
     yield smooth, partial(_narrow_slices, nodes=6)
     yield ~smooth & thin, partial(_narrow_slices, nodes=12)
     yield ~smooth & ~thin, _wide_slices
