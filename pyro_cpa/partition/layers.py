@@ -1,12 +1,11 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-r"""The two kinds of layer of a piecewise-affine network, as plain float64 tensors, and how maps pass
-through them.
+r"""The two kinds of layer of a piecewise-affine network, as float64 tensors, and how maps pass through them.
 
 On a region every unit of every activation stays on one segment, so that the network is affine there. Its
-map is carried as the images of L + 1 homogeneous points of the latent space: the L directions :math:`(e_l,
-0)`, whose images are the columns of A, and the origin :math:`(0, 1)`, whose image is b. Points are pushed
-by the same code.
+map is carried as the images of L + 1 homogeneous points of the latent space: the directions :math:`(e_l, 0)`,
+whose images are the columns of A, and the origin :math:`(0, 1)`, whose image is b. Points are pushed by the
+same code.
 """
 
 from __future__ import annotations

@@ -28,11 +28,23 @@ class Partition:
 
     Attributes:
         network: the decoder as a chain of layers, bound to its live parameters.
-        cells: the R cells: :class:`WholeSpace` (R = 1), :class:`Intervals` (L = 1) or :class:`Polygons` (L
-            = 2).
+        cells: the R cells: :class:`WholeSpace` (R = 1), :class:`Intervals` (L = 1) or
+            :class:`Polygons` (L = 2).
         patterns: for every activation layer the segment (R, H) int8 on which each unit is.
         output_weight: (D, H) W, the last ``nn.Linear``; the identity if the decoder ends in another module.
         output_bias: (D,) v.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> decoder = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+        >>> part = enumerate_regions(decoder)
+        >>> part
+        Partition(R^2 -> R^3, 37 regions)
+        >>> z = torch.randn(100, 2, dtype=torch.float64)
+        >>> r = part.locate(z)
+        >>> piece = (part.slopes[r] @ z[..., None])[..., 0] + part.offsets[r]
+        >>> torch.allclose(piece, decoder(z), rtol=1e-12)
+        True
     """
 
     def __init__(
@@ -132,14 +144,12 @@ class Partition:
         return self._maps(self.network.layers())
 
     def linear_inputs(self, index: int) -> tuple[Tensor, Tensor]:
-        """Slopes (R, H_in, L) and offsets (R, H_in) of the input of ``network.linears[index]``, at present
-        values."""
+        """Slopes (R, H_in, L) and offsets (R, H_in) of the input of linear layer ``index``, at present values."""
         with torch.no_grad():
             return self._maps(self.network.layers()[: self._position(index)])
 
     def downstream(self, index: int) -> Tensor:
-        """Derivative (R, D, H_out) of the output in the output of ``network.linears[index]``, at present
-        values."""
+        """Derivative (R, D, H_out) of the output in that of linear layer ``index``, at present values."""
         position = self._position(index) + 1
         with torch.no_grad():
             layers = self.network.layers()
