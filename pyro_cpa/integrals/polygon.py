@@ -61,8 +61,8 @@ def _map_pairs(
         rows = max(1, 8 * chunk // max(1, batch[-1]))
         parts = []
         for means, factors in zip(loc.split(rows), scale_tril.split(rows), strict=True):
-            pairs = cells[every.repeat(means.shape[0])]
-            values = _map_pairs(pairs, means.reshape(-1, 2), factors.reshape(-1, 2, 2), outputs, compute)
+            copies = cells[every.repeat(means.shape[0])]
+            values = _map_pairs(copies, means.reshape(-1, 2), factors.reshape(-1, 2, 2), outputs, compute)
             parts.append(values.view(outputs, *means.shape[:2]))
         return torch.cat(parts, dim=1).reshape(outputs, *batch)
     result = loc.new_empty(outputs, loc.shape[0], loc.shape[1])
