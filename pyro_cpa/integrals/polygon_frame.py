@@ -168,7 +168,7 @@ def _longest(edges: Edges, view: Sight) -> tuple[Tensor, Tensor]:
     zx, zy = offset * nx - position * ny, offset * ny + position * nx
     gap = ((edges.offset - edges.nx * zx) - edges.ny * zy) * edges.shrink
     closing = -(edges.ux * _pick(edges.ux, at) + edges.uy * _pick(edges.uy, at))
-    away = (closing <= 0.0) * 1e300  # edges that do not close in
+    away = (closing <= 0.0).to(closing.dtype) * 1e300  # edges that do not close in
     chord = (gap / F.threshold(closing, 0.0, 1.0)).add_(away).add_(edges.padding).amin(dim=0)
     return at, (length > 0.0) & (chord * view.distance.clamp(min=1.0) < _THIN)
 
@@ -222,7 +222,7 @@ def slicing_frame(edges: Edges, view: Sight) -> Frame:
         s0=s0,
         slack=slack,
         along=along,
-        across=across + (across == 0.0) * _STEEP,
+        across=across + (across == 0.0).to(across.dtype) * _STEEP,
         tau_first=first,
         tau_last=last,
         zx=zx,

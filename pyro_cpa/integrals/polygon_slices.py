@@ -89,7 +89,7 @@ def _distance(frame: Frame, side: float, *points: Tensor) -> list[Tensor]:
     """How far the cell reaches up (side = 1) or down (-1) from the axis at given points, (K, P) each."""
     across = side * frame.across
     bounding = F.threshold(across, 0.0, 1.0)
-    height = frame.slack / bounding + (across <= 0.0) * 1e300
+    height = frame.slack / bounding + (across <= 0.0).to(across.dtype) * 1e300
     rate = frame.along / bounding
     reach = [torch.full_like(point, WINDOW) for point in points]
     for line in range(height.shape[0]):

@@ -341,3 +341,17 @@ def test_sample_shapes():
     assert sample(cells, loc, scale).shape == (3, 2, 2)
     assert sample(cells, loc, scale, (4, 5)).shape == (4, 5, 3, 2, 2)
     assert sample(cells, loc, scale, (0,)).shape == (0, 3, 2, 2)
+
+
+@pytest.mark.parametrize("function", [log_mass, log_mass_bound, moments, sample])
+def test_default_dtype_does_not_matter(function):
+    """Everything inside is float64 whatever torch's default."""
+    half_planes, loc, scale = zip(*table([0.5, 40.0]), strict=True)
+    arguments = polygons(half_planes), torch.tensor(loc), torch.tensor(scale)
+    torch.manual_seed(1)
+    expected = function(*arguments)
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(1)
+    result = function(*arguments)
+    for a, b in zip(result, expected, strict=True):
+        assert a.dtype == torch.float64 and torch.equal(a, b)
