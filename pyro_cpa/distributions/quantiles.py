@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import integrals
 from ..partition.cells import Cells, Intervals, Polygons, WholeSpace
-from ..partition.plane import halves
+from ..partition.polygons import halves
 from ..partition.walls import Walls
 
 __all__ = ["log_mass_below", "mixture_quantiles"]

@@ -85,6 +85,10 @@ class AutoCPAPosterior(AutoGuide):
         self._enumerated: tuple[list[Tensor], Partition] | None = None
         self._solved: tuple[tuple[Any, ...], CPAPosterior] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Unlike its base, which drops the model from the very guide that is copied. What can be computed again is left out.
+        return self.__dict__ | {"master": None, "_enumerated": None, "_solved": None}
+
     @property
     def decoder(self) -> nn.Module:
         return self._decoder[0]

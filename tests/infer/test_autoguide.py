@@ -1,5 +1,8 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
+import copy
+import pickle
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -193,6 +196,19 @@ def test_new_parameters_and_new_data_are_noticed():
             assert guide.partition() is partition
             model.decoder[0].weight.data.mul_(1.1)
             model.noise = model.noise.detach() * 0.9
+
+
+def test_copies_and_pickles_are_independent_and_exact():
+    model = Exact(1, 5, 2)
+    guide = AutoCPAPosterior(model, decoder=model.decoder)
+    x = circle(4)
+    before = guide.log_evidence(x)
+    twin_model, twin = copy.deepcopy((model, guide))
+    assert twin.decoder is twin_model.decoder is not model.decoder
+    torch.testing.assert_close(twin.log_evidence(x), before, rtol=0, atol=0)
+    torch.testing.assert_close(guide.log_evidence(x), before, rtol=0, atol=0)
+    loaded = pickle.loads(pickle.dumps(guide))
+    torch.testing.assert_close(loaded.log_evidence(x), before, rtol=0, atol=0)
 
 
 def test_median_quantiles_and_posterior():
