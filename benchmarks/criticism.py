@@ -62,13 +62,15 @@ def standardised(
     return (train[:, varies] - loc) / scale, (test[:, varies] - loc) / scale
 
 
-def imputation(seeds: int, smoke: bool) -> Rows:
+def imputation(seeds: int, smoke: bool, chosen: tuple[str, ...] = ()) -> Rows:
     tables = {"wine": load_wine().data, "breast_cancer": load_breast_cancer().data}
     # Pixels are counts of 0..16: noise of one unit makes a density exist.
     digits = load_digits().data
     tables["digits"] = digits + np.random.default_rng(0).random(digits.shape)
     found: dict[tuple, list[dict[str, float]]] = defaultdict(list)
     for name, data in tables.items():
+        if chosen and name not in chosen:
+            continue
         for share in (0.2, 0.5):
             for seed in range(seeds):
                 random = np.random.default_rng(seed)
@@ -298,11 +300,13 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds instead of hours; figures mean nothing")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--only", choices=TASKS, help="one of the three tables")
+    parser.add_argument("--data", nargs="*", default=(), help="imputation: these tables only")
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     for name, (task, title) in TASKS.items():
         if args.only in (None, name):
-            rows = task(1 if args.smoke else args.seeds, args.smoke)
+            options = {"chosen": tuple(args.data)} if name == "imputation" else {}
+            rows = task(1 if args.smoke else args.seeds, args.smoke, **options)
             show(title, rows, f"criticism_{name}{'_smoke' if args.smoke else ''}.csv")
 
 

@@ -83,8 +83,9 @@ def by_mixture(train: np.ndarray, test: np.ndarray, seed: int, smoke: bool) -> C
         log_prob[n] = np.logaddexp.reduce(logits)
         share = np.exp(logits - log_prob[n])
         mean[n, m] = sum(s * part[1] for s, part in zip(share, parts, strict=True))
+        roots = [np.linalg.cholesky(part[2]) for part in parts]
         for s, k in enumerate(random.choice(len(share), NUM_DRAWS, p=share / share.sum())):
-            draws[s, n, m] = random.multivariate_normal(parts[k][1], parts[k][2], check_valid="ignore")
+            draws[s, n, m] = parts[k][1] + roots[k] @ random.normal(size=m.sum())
     return Completed(mean, draws, float(log_prob.mean()))
 
 
