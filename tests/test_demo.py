@@ -19,7 +19,7 @@ from pyro_cpa.demo.table_file import read_table
 from pyro_cpa.errors import InvalidData
 
 PICTURES = {"evidence.png", "partition.png", "posteriors.png", "generated.png"}
-FITS = ["EM", "exact ML", "VAE"]
+FITS = ["EM", "exact ML", "VAE", "VAE + EM"]
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def table_of(output):
     """Numbers of the printed table: fit -> (train, test, elbo, gap, seconds, regions)."""
     found = {}
     for line in output.splitlines():
-        name = line[:8].strip()
+        name = line[:10].strip()
         if name in FITS:
-            found[name] = [float(cell) for cell in line[8:].split()]
+            found[name] = [float(cell) for cell in line[10:].split()]
     return found
 
 
@@ -108,9 +108,13 @@ class TestData:
         data = digits(seed=0)
         assert data.train.shape == (1500, 64) and data.test.shape == (297, 64)
         assert data.train.dtype == torch.float64
-        assert data.train.min() == 0 and data.train.max() == 1
         whole = torch.cat([data.train, data.test])
-        assert len(whole.unique(dim=0)) == 1797
+        assert whole.min() >= 0 and whole.max() <= 1
+        levels = (17 * whole).floor()
+        assert len(levels.unique(dim=0)) == 1797 and levels.unique().tolist() == list(range(17))
+        # Within its level a value is uniform: mean 1/2, variance 1/12.
+        error = (1 / 12 / whole.numel()) ** 0.5
+        assert abs((17 * whole - levels).mean() - 0.5) < 5 * error
         assert not torch.equal(data.train, digits(seed=1).train)
 
     def test_columns_are_standardised_by_the_training_rows(self, write):
@@ -142,12 +146,13 @@ def test_short_mode_on_digits(tmp_path, capsys, latent_dim):
     output = capsys.readouterr().out
     found = table_of(output)
     assert list(found) == FITS
-    for name in FITS[:2]:
+    for name in ("EM", "exact ML", "VAE + EM"):
         train, test, elbo, gap, *_ = found[name]
         assert gap == 0.0 and test == elbo
     train, test, elbo, gap, seconds, regions = found["VAE"]
     assert gap == pytest.approx(test - elbo, abs=2e-3) and gap > 0
     assert regions > 1
+    assert found["VAE + EM"][0] >= train
     assert {p.name for p in (tmp_path / "new" / "out").iterdir()} == PICTURES
     assert all(len(line) <= 100 for line in output.splitlines())
     assert dict(pyro.get_param_store()) == kept

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyro
+import torch
 
 from ..errors import CPAError, InvalidData
 from ..plotting.canvas import new_figure
@@ -36,12 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, or 2 where the user's data or options do not fit, after one line on standard error.
     """
     options = _parser().parse_args(arguments)
+    threads = torch.get_num_threads()
     try:
+        # The tensors here are small: beside another program, a second thread costs more than it brings.
+        torch.set_num_threads(1)
         with pyro.get_param_store().scope():
             _demonstrate(options)
     except CPAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        torch.set_num_threads(threads)
     return 0
 
 
@@ -115,13 +121,13 @@ def _hidden_dim(data: DemoData, latent_dim: int) -> int:
 
 
 def _introduce(data: DemoData, latent_dim: int, hidden_dim: int) -> None:
-    print("One decoder, three ways to fit it; every log p(x) below is exact.\n")
+    print("One decoder, fitted in four ways; every log p(x) below is exact.\n")
     for name, text in {
         "data": "; ".join(data.about),
         "split": f"{len(data.train)} {data.noun}s to train on, {len(data.test)} to test on",
         "model": "z ~ N(0, I), x | z ~ N(decoder(z), sigma^2 I); sigma is learned; "
         f"ReLU decoder of widths {latent_dim}-{hidden_dim}-{data.train.shape[1]}",
-        "start": "the same random weights for all three",
+        "start": "the same random weights for EM, exact ML and VAE; VAE + EM goes on from the trained VAE",
     }.items():
         print(textwrap.fill(f"{name:<6} {text}", 100, subsequent_indent=" " * 7))
     print(flush=True)

@@ -50,16 +50,23 @@ class DemoData:
 
 
 def digits(seed: int) -> DemoData:
-    """Scikit-learn's 1797 handwritten digits of 8 x 8 pixels, shuffled and split by ``seed``."""
+    """Scikit-learn's 1797 handwritten digits of 8 x 8 pixels, shuffled, split and dequantised by ``seed``."""
     found = load_digits(seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def spread(x: Tensor) -> Tensor:
+        """Grey levels 0..16 as continuous data: a pixel that never changes has no density."""
+        uniform = torch.rand(x.shape, generator=generator, dtype=torch.float64)
+        return (16 * x.double() + uniform) / 17
+
     return DemoData(
-        train=found.x_train.double(),
-        test=found.x_test.double(),
+        train=spread(found.x_train),
+        test=spread(found.x_test),
         names=[f"pixel {row}, {column}" for row in range(8) for column in range(8)],
         noun="image",
         about=[
-            "scikit-learn's handwritten digits, 8 x 8 pixels",
-            "pixel values 0..16 divided by 16, so that 0 is white and 1 is black",
+            "scikit-learn's handwritten digits, 8 x 8 pixels of 17 grey levels",
+            "each level spread uniformly over its 1/17 of [0, 1], from white to black",
         ],
         train_labels=found.y_train,
         image_shape=found.image_shape,

@@ -1,6 +1,6 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-"""The one model that the demonstration fits in three ways."""
+"""The one model that the demonstration fits in four ways."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def save_pictures(folder: Path, data: DemoData, fits: Sequence[Fit], best: Fit) 
             _posteriors(data, vae),
             "true posterior of three test data against the VAE's Gaussian",
         ),
-        "generated.png": (generated(data, best), f"what the decoder makes of latent space ({best.name})"),
+        "generated.png": (generated(data, best), f"what the model generates ({best.name})"),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, (figure, _) in pictures.items():
@@ -69,18 +69,19 @@ def _posteriors(data: DemoData, vae: Fit) -> Figure:
         gaps = (guide.log_prob(z) - vae.exact.posterior(data.test).log_prob(z)).mean(0)
     order = gaps.argsort().tolist()
     chosen = {"smallest": order[0], "median": order[len(order) // 2], "largest": order[-1]}
-    figure = new_figure(12.6, 4.8)
+    figure = new_figure(12.6, 5.2)
     for place, (which, n) in enumerate(chosen.items()):
         ax, row = figure.add_subplot(1, len(chosen), place + 1), data.test[n : n + 1]
         plot_posterior(vae.exact.posterior(row), label="true posterior", ax=ax)
         with torch.no_grad():
             gaussian = vae.model.encode(row)
         plot_posterior(gaussian, filled=False, color=COLORS[1], label="VAE's Gaussian", ax=ax)
-        ax.set_title(f"{which} gap: {gaps[n]:.2f} nats")
+        ax.set_title(f"{which} gap: {gaps[n]:.2f} nats", loc="left")
         if data.image_shape:
-            picture = ax.inset_axes((0.8, 0.8, 0.19, 0.19), xticks=[], yticks=[])
+            picture = ax.inset_axes((0.85, 1.01, 0.15, 0.15), xticks=[], yticks=[])
             picture.imshow(row.reshape(data.image_shape).numpy(), cmap="gray_r")
-    figure.axes[0].legend(loc="upper left", fontsize="small")
+    figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr,call-arg]
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(f"Three test {data.noun}s under the VAE; lines enclose 50 % and 90 % of the probability")
     return figure
 
@@ -88,8 +89,16 @@ def _posteriors(data: DemoData, vae: Fit) -> Figure:
 def _images(data: DemoData, fit: Fit) -> Figure:
     two = fit.exact.partition().latent_dim == 2
     figure = new_figure(7, 7.2) if two else new_figure(9, 1.8)
-    ax = plot_generated(fit.model.decoder, data.image_shape or (1, 1), ax=figure.add_subplot())
-    ax.set_title(f"{fit.name}: decoder(z) at every place of latent space")
+    ends = fit.exact.posterior(data.train).mean.quantile(torch.tensor([0.01, 0.99]).double(), dim=0)
+    middle, half = ends.mean(0), float(ends.diff(dim=0).max()) / 2
+    ax = plot_generated(
+        fit.model.decoder,
+        data.image_shape or (1, 1),
+        bounds=tuple((float(m) - half, float(m) + half) for m in middle),
+        limits=(0, 1),
+        ax=figure.add_subplot(),
+    )
+    ax.set_title(f"{fit.name}: decoder(z) where the data lie")
     return figure
 
 

@@ -75,4 +75,4 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def _line(*cells: str) -> str:
-    return f"{cells[0]:<8}" + "".join(f"{cell:>11}" for cell in cells[1:])
+    return f"{cells[0]:<10}" + "".join(f"{cell:>11}" for cell in cells[1:])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_generated", "plot_latent_map"]
 
-MARKERS = "osD^vP*X<>"
+MARKERS = "osD^vPhX<>"
 MAX_CLASSES = 20
 GOLDEN = 0.6180339887498949
 
@@ -84,6 +84,7 @@ def plot_generated(
     *,
     bounds: Bounds | tuple[float, float] = (-2.5, 2.5),
     steps: int = 15,
+    limits: tuple[float, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Tile the latent plane (or line) with the images that the decoder makes at each tile's centre.
@@ -93,6 +94,7 @@ def plot_generated(
         image_shape: (height, width).
         bounds: window, (low, high) or a pair for each coordinate.
         steps: tiles along each coordinate.
+        limits: pixel values shown as white and as black; by default those that leave out 1 % at either end.
         ax: axes to draw on; new ones by default.
 
     Returns:
@@ -124,7 +126,9 @@ def plot_generated(
     # Rows of the mosaic run down the page, the second latent coordinate up.
     mosaic = tiles[:, ::-1].transpose(1, 2, 0, 3).reshape(-1, steps * width)
     tall = box[1] if L == 2 else (0.0, (box[0][1] - box[0][0]) / steps * height / width)
-    ax.imshow(mosaic, extent=(*box[0], *tall), cmap="gray_r", interpolation="nearest")
+    white, black = limits or np.quantile(mosaic, [0.01, 0.99])
+    extent = (*box[0], *tall)
+    ax.imshow(mosaic, extent=extent, cmap="gray_r", vmin=white, vmax=black, interpolation="nearest")
     if L == 1:
         ax.set(xlabel=latent_name(0, 1), yticks=[])
     else:

@@ -132,8 +132,11 @@ def _window(draws: Tensor) -> Bounds:
 
 
 def _wider(ax: Axes, box: Bounds) -> Bounds:
+    """The smallest window, as wide as high, that holds the axes' own and ``box``."""
     limits = (ax.get_xlim(), ax.get_ylim())
-    return tuple((min(a, low), max(b, high)) for (a, b), (low, high) in zip(limits, box, strict=False))
+    both = [(min(a, low), max(b, high)) for (a, b), (low, high) in zip(limits, box, strict=False)]
+    half = max(high - low for low, high in both) / 2
+    return tuple(((low + high) / 2 - half, (low + high) / 2 + half) for low, high in both)
 
 
 def _draw_line(
