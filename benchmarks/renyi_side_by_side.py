@@ -53,15 +53,15 @@ def evidence(x: Tensor) -> float:
     return dist.MultivariateNormal(x.new_zeros(4), MARGINAL).log_prob(x).sum().item()
 
 
-def prior() -> dist.Distribution:
+def prior() -> Any:
     return dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1)
 
 
-def likelihood(z: Tensor, mean: Tensor | float = 0.0) -> dist.Distribution:
+def likelihood(z: Tensor, mean: Tensor | float = 0.0) -> Any:
     return dist.Normal(mean + z @ LOADINGS.T, NOISE).to_event(1)
 
 
-def approximation(x: Tensor, width: float = 2.0) -> dist.Distribution:
+def approximation(x: Tensor, width: float = 2.0) -> Any:
     """The posterior, its standard deviation times ``width``."""
     return dist.Normal(x @ LOADINGS / NOISE**2 / PRECISION, width * PRECISION.rsqrt()).to_event(1)
 
@@ -156,7 +156,7 @@ def outside(repeats: int) -> Table:
         + dist.MultivariateNormal(point.expand(4), MARGINAL).log_prob(x).sum().item()
     )
 
-    def with_mean(guide_of_mean: dist.Distribution) -> tuple[Callable, Callable]:
+    def with_mean(guide_of_mean: Any) -> tuple[Callable, Callable]:
         def mean_model(x: Tensor) -> None:
             mean = pyro.sample("mean", dist.Normal(point.new_zeros(()), 1.0))
             with pyro.plate("data", len(x)):
@@ -211,7 +211,7 @@ def autoguides(repeats: int) -> Table:
         for _ in range(steps):
             svi.step(x)
         reported.append(value(repeats, elbo, (model, auto), x))
-        scales.append(f"{auto.scale.mean().item():.2f}")
+        scales.append(f"{torch.as_tensor(auto.scale).mean().item():.2f}")
     rows.append([f"bound after {steps} steps (K = 1, 5, 5)", f"{evidence(x):.2f}", *reported])
     rows.append(["mean scale of the guide", f"{PRECISION.rsqrt().mean().item():.2f}", *scales])
     return ["AutoDiagonalNormal, 10 data", "exact", "Trace_ELBO", "RenyiELBO", "this library"], rows
@@ -231,12 +231,12 @@ def loops(repeats: int) -> Table:
         rows.append([name, str(K), f"{evidence(x):.2f}", *values])
 
     def loop_model(x: Tensor) -> None:
-        for i in pyro.plate("data", len(x)):
+        for i in plate(x):
             z = pyro.sample(f"z{i}", prior())
             pyro.sample(f"x{i}", likelihood(z), obs=x[i])
 
     def loop_guide(x: Tensor) -> None:
-        for i in pyro.plate("data", len(x)):
+        for i in plate(x):
             pyro.sample(f"z{i}", approximation(x[i]))
 
     x = data(10)
@@ -285,8 +285,8 @@ def discrete(repeats: int) -> Table:
         gradients = []
         for _ in range(10 * repeats):
             elbo.loss_and_grads(switch_model, switch_guide, SIGNS)
-            logits = pyro.param("logits").unconstrained()
-            assert logits.grad is not None
+            logits: Any = pyro.param("logits")
+            logits = logits.unconstrained()
             gradients.append(-logits.grad.clone())
             logits.grad = None
         mean, error = torch.stack(gradients).mean(0), torch.stack(gradients).std(0) / len(gradients) ** 0.5
@@ -323,10 +323,10 @@ def interface(repeats: int) -> Table:
             shape = pyro.param("shape", lambda: x.new_tensor(2.0))
             pyro.sample("rate", RejectionStandardGamma(shape.expand(len(x))))
 
-    def outcome(run: Callable[[], Any]) -> str:
+    def outcome(run: Callable[..., Any], *args: Any) -> str:
         pyro.clear_param_store()
         try:
-            run()
+            run(*args)
         except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
             return type(error).__name__
         return "works"
@@ -343,8 +343,8 @@ def interface(repeats: int) -> Table:
         BiHelmholtzELBO(2),
     ]
     for loss in losses:
-        module = outcome(lambda loss=loss: loss(model, guide)(x))
-        step = outcome(lambda loss=loss: loss.loss_and_grads(gamma_model, rejecting_guide, x[:, 0].abs()))
+        module = outcome(lambda loss: loss(model, guide)(x), loss)
+        step = outcome(loss.loss_and_grads, gamma_model, rejecting_guide, x[:, 0].abs())
         whose = "Pyro" if type(loss).__module__.startswith("pyro.") else "this library"
         rows.append([f"{type(loss).__name__} ({whose})", module, step])
     return ["objective", "elbo(model, guide)(x)", "guide that samples by rejection"], rows
