@@ -180,7 +180,7 @@ class TestLatent:
         for z in ((-0.75, 0.5), (0.25, 3.5), (0.75, 0.5)):
             column = int((z[0] - left) / (right - left) * 4)
             row = int((top - z[1]) / (top - bottom) * 4)
-            tile = shown[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+            tile = shown[4 * row + 1 : 4 * row + 3, 5 * column + 1 : 5 * column + 4]
             assert np.allclose(tile, decoder(torch.tensor(z)).detach().reshape(2, 3), rtol=1e-12)
         assert named(ax)
 
@@ -188,7 +188,7 @@ class TestLatent:
         decoder = relu_net(1, 5, 6)
         ax = plot_generated(decoder, (2, 3), bounds=(-1.0, 1.0), steps=4)
         shown = np.asarray(ax.images[0].get_array())
-        assert np.allclose(shown[:, 3:6], decoder(torch.tensor([-0.25])).detach().reshape(2, 3), rtol=1e-12)
+        assert np.allclose(shown[1:3, 6:9], decoder(torch.tensor([-0.25])).detach().reshape(2, 3), rtol=1e-12)
         assert named(ax)
 
     def test_refusals(self):

@@ -83,7 +83,7 @@ def plot_generated(
     image_shape: tuple[int, int],
     *,
     bounds: Bounds | tuple[float, float] = (-2.5, 2.5),
-    steps: int = 15,
+    steps: int = 12,
     limits: tuple[float, float] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -123,10 +123,13 @@ def plot_generated(
     with torch.no_grad():
         images = decoder(grid.reshape(-1, L)).double().cpu().numpy()
     tiles = images.reshape(steps, steps if L == 2 else 1, height, width)
+    # A pixel without colour all round keeps neighbours apart.
+    tiles = np.pad(tiles, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=np.nan)
+    height, width = height + 2, width + 2
     # Rows of the mosaic run down the page, the second latent coordinate up.
     mosaic = tiles[:, ::-1].transpose(1, 2, 0, 3).reshape(-1, steps * width)
     tall = box[1] if L == 2 else (0.0, (box[0][1] - box[0][0]) / steps * height / width)
-    white, black = limits or np.quantile(mosaic, [0.01, 0.99])
+    white, black = limits or np.nanquantile(mosaic, [0.01, 0.99])
     extent = (*box[0], *tall)
     ax.imshow(mosaic, extent=extent, cmap="gray_r", vmin=white, vmax=black, interpolation="nearest")
     if L == 1:
