@@ -94,6 +94,8 @@ class CPAMarginal(TorchDistribution):
         else:
             partition = enumerate_regions(decoder, max_regions=max_regions, latent_dim=latent_dim)
         self.partition = partition
+        # Read once: weights may be random draws (PyroSample), which another reading would draw again.
+        self._layers = partition.network.layers()
         D, L = partition.data_dim, partition.latent_dim
         like = partition.offsets
         self._noise_scale = noise_factor(scale, covariance_matrix, D, like)
@@ -109,7 +111,7 @@ class CPAMarginal(TorchDistribution):
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> CPAMarginal:
         new = self._get_checked_instance(CPAMarginal, _instance)
-        for name in ("partition", "_noise_scale", "_prior_loc", "_prior_tril", "_dtype", "joint"):
+        for name in ("partition", "_layers", "_noise_scale", "_prior_loc", "_prior_tril", "_dtype", "joint"):
             setattr(new, name, getattr(self, name))
         super(CPAMarginal, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -126,7 +128,9 @@ class CPAMarginal(TorchDistribution):
         """
         x = check_data(value, self.partition.data_dim)
         parameters = (self._noise_scale, self._prior_loc, self._prior_tril)
-        slopes, offsets = self.partition.affine_maps() if torch.is_grad_enabled() else (None, None)
+        slopes, offsets = (
+            self.partition.affine_maps(self._layers) if torch.is_grad_enabled() else (None, None)
+        )
         if slopes is None or offsets is None:
             slopes, offsets = self.partition.slopes, self.partition.offsets
         found = differentiable_evidence(self.joint, x, slopes, offsets, *parameters)
@@ -150,7 +154,7 @@ class CPAMarginal(TorchDistribution):
             + torch.randn(shape + like.shape, dtype=like.dtype, device=like.device) @ self._prior_tril.mT
         )
         region = self.partition.locate(z.detach())
-        slopes, offsets = self.partition.affine_maps()
+        slopes, offsets = self.partition.affine_maps(self._layers)
         mean = (slopes[region] @ z[..., None])[..., 0] + offsets[region]
         noise = torch.randn_like(mean)
         diagonal = self._noise_scale.dim() == 1

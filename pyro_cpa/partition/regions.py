@@ -135,13 +135,16 @@ class Partition:
         flat = z.detach().reshape(-1, self.latent_dim).double()
         return self._arrangement.locate(flat).reshape(z.shape[:-1])
 
-    def affine_maps(self) -> tuple[Tensor, Tensor]:
+    def affine_maps(self, layers: tuple[Layer, ...] | None = None) -> tuple[Tensor, Tensor]:
         """Slopes (R, D, L) and offsets (R, D) as differentiable functions of the decoder's live parameters.
 
         Each region keeps its activation pattern. Values equal ``slopes`` and ``offsets`` while the
         parameters are as they were at enumeration.
+
+        Args:
+            layers: ``network.layers()`` as read at an earlier time; by default they are read now.
         """
-        return self._maps(self.network.layers())
+        return self._maps(self.network.layers() if layers is None else layers)
 
     def linear_inputs(self, index: int) -> tuple[Tensor, Tensor]:
         """Slopes (R, H_in, L) and offsets (R, H_in) of the input of linear layer ``index``, at present values."""

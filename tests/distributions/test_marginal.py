@@ -8,6 +8,7 @@ import pytest
 import torch
 from brute_force import posterior_1d
 from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_cpa.distributions import CPAMarginal
@@ -277,3 +278,32 @@ def test_bad_data():
     with pytest.raises(InvalidData, match="row 1, column 0"):
         px.log_prob(torch.tensor([[0.0, 1.0], [torch.inf, 0.0]]))
     assert issubclass(InvalidData, CPAError) and issubclass(CPAError, ValueError)
+
+
+def test_random_weights_are_read_once():
+    class Decoder(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.body = PyroModule[nn.Sequential](
+                PyroModule[nn.Linear](1, 3), PyroModule[nn.ReLU](), PyroModule[nn.Linear](3, 2)
+            )
+            self.body[2].weight = PyroSample(dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+
+        def forward(self, x):
+            px = CPAMarginal(self.body, 0.5)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", px, obs=x)
+
+    model, x = Decoder(), torch.randn(6, 2)
+    weight = torch.randn(2, 3, requires_grad=True)
+    conditioned = pyro.condition(model, data={"body.2.weight": weight})
+    found = pyro.poutine.trace(conditioned).get_trace(x).log_prob_sum()
+    (gradient,) = torch.autograd.grad(found, weight)
+    plain = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2))
+    plain.load_state_dict({k: v for k, v in model.body.state_dict().items() if k != "2.weight"}, strict=False)
+    plain[2].weight.data = weight.detach().clone()
+    prior = dist.Normal(0.0, 1.0)
+    expected = CPAMarginal(plain, 0.5).log_prob(x).sum() + prior.log_prob(plain[2].weight).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    (target,) = torch.autograd.grad(expected, plain[2].weight)
+    torch.testing.assert_close(gradient, target, rtol=1e-10, atol=1e-10)

@@ -46,7 +46,9 @@ def test_nuts_over_two_weights_recovers_a_grid_posterior():
     mean = weights @ points
     spread = (weights @ (points - mean) ** 2).sqrt()
 
-    mcmc = MCMC(NUTS(model, step_size=0.2, max_tree_depth=4), num_samples=300, warmup_steps=60, disable_progbar=True)
+    mcmc = MCMC(
+        NUTS(model, step_size=0.2, max_tree_depth=4), num_samples=300, warmup_steps=60, disable_progbar=True
+    )
     mcmc.run()
     found = mcmc.get_samples()["w"]
     ess = mcmc.diagnostics()["w"]["n_eff"].clamp(max=300)
