@@ -7,6 +7,10 @@ PYTHON312 ?= $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/pyth
 	$$p -c "" 2>/dev/null && echo $$p && break; done)
 VENV312 ?= .venv312
 
+# Two processes of one thread each beat one of two: most tests are many small tensor operations.
+RUN = OMP_NUM_THREADS=1
+ARGS_TEST ?= -n 2
+
 .PHONY: demo test test-arviz1 lint types clean
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
@@ -21,11 +25,11 @@ demo: $(VENV)/installed-demo
 	$(BIN)/python -m pyro_cpa.demo $(ARGS)
 
 test: $(VENV)/installed-test lint types
-	$(BIN)/python -m pytest $(ARGS)
+	$(RUN) $(BIN)/python -m pytest $(ARGS_TEST) $(ARGS)
 
 # The parts that touch ArviZ, under ArviZ 1.x in an environment of its own.
 test-arviz1: $(VENV312)/installed
-	$(VENV312)/bin/python -m pytest tests/criticism tests/distributions tests/infer $(ARGS)
+	$(RUN) $(VENV312)/bin/python -m pytest tests/criticism tests/distributions tests/infer $(ARGS_TEST) $(ARGS)
 
 $(VENV312)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON312)" || { echo "ArviZ 1.x needs Python >= 3.12: none found, set PYTHON312="; exit 1; }

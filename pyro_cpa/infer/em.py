@@ -237,6 +237,9 @@ class EM(AbstractExactFit):
         moment = m_step.noise_covariance(state.partition, state.statistics)
         second = state.statistics.xx if state.statistics.xx.dim() == 1 else state.statistics.xx.diagonal()
         variances = moment if moment.dim() == 1 else moment.diagonal()
+        if parameter.unconstrained.numel() == 1:
+            # One scale for all dimensions: a constant column alone does not make it vanish.
+            variances, second = variances.mean(0, keepdim=True), second.mean(0, keepdim=True)
         # Below this the residual is the rounding of x^2.
         gone = variances <= 1e-14 * second / state.statistics.count
         if bool(gone.any()):

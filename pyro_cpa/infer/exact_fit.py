@@ -15,7 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import InvalidData, UnsupportedModel
+from ..errors import CPAError, InvalidData, UnsupportedModel
 from .autoguide import AutoCPAPosterior
 from .parameters import trainable
 from .structure import ExactProblem
@@ -168,8 +168,16 @@ class LBFGSRound:
         def closure() -> Tensor:
             nonlocal best_loss, best_evidence, best
             optimizer.zero_grad()
-            log_evidence = fit.guide.log_evidence(*args, **kwargs).double().sum()
-            loss = (fit._penalty() - log_evidence) / rows
+            try:
+                log_evidence = fit.guide.log_evidence(*args, **kwargs).double().sum()
+                loss = (fit._penalty() - log_evidence) / rows
+            except CPAError:
+                if not evaluated:
+                    raise
+                # A probe of the line search went where there is no model (noise of 0 or inf, too many regions).
+                return _wall(best_loss, parameters)
+            if not bool(loss.isfinite()):
+                return _wall(best_loss, parameters)
             loss.backward()
             evaluated.append(log_evidence.item())
             if loss.item() < best_loss:
@@ -185,3 +193,10 @@ class LBFGSRound:
                 for parameter, value in zip(parameters, best, strict=True):
                     parameter.copy_(value)
         return evaluated[0], best_evidence
+
+
+def _wall(best_loss: float, parameters: list[Tensor]) -> Tensor:
+    """A loss so high and flat that the line search turns back; finite, for it interpolates between losses."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return torch.tensor(best_loss + 1e4 * (1 + abs(best_loss)), dtype=torch.float64)

@@ -70,9 +70,9 @@ class GaussianParameter:
 
 def trainable(problem: ExactProblem, decoder: nn.Module) -> list[Tensor]:
     """The leaf tensors that the exact evidence depends on: the decoder's and those of the model's parameter sites."""
-    leaves = {id(p): p for p in decoder.parameters() if p.requires_grad}
+    leaves: dict[int, Tensor] = {id(p): p for p in decoder.parameters() if p.requires_grad}
     for _, site in _parameter_sites(problem):
-        leaf = site["value"].unconstrained()
+        leaf = _leaf(site)
         if leaf.requires_grad:
             leaves.setdefault(id(leaf), leaf)
     return list(leaves.values())
@@ -107,7 +107,7 @@ def _find(
         return None
     decoder_leaves = {id(p) for p in decoder.parameters()}
     for name, site in _parameter_sites(problem):
-        if id(site["value"].unconstrained()) in decoder_leaves or not _depends(scale, site):
+        if id(_leaf(site)) in decoder_leaves or not _depends(scale, site):
             continue
         write = _write_form(site["value"], scale.detach())
         if write is not None:
@@ -148,7 +148,7 @@ def _equal(value: Tensor, target: Tensor) -> bool:
 
 
 def _depends(quantity: Tensor, site: Any) -> bool:
-    leaf = site["value"].unconstrained()
+    leaf = _leaf(site)
     if not quantity.requires_grad or not leaf.requires_grad:
         return False
     return torch.autograd.grad(quantity.sum(), leaf, allow_unused=True, retain_graph=True)[0] is not None
@@ -160,9 +160,15 @@ def _parameter_sites(problem: ExactProblem) -> Iterator[tuple[str, Any]]:
             yield name, site
 
 
+def _leaf(site: Any) -> Tensor:
+    """The tensor behind a parameter; a module's own parameter may stand for itself."""
+    value = site["value"]
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
 def _parameter(name: str, site: Any, model: Any, write: Callable[[Tensor], Tensor]) -> GaussianParameter:
     transform = transform_to(_constraint(name, site, model))
-    return GaussianParameter(name, site["value"].unconstrained(), transform, write, site["value"].shape)
+    return GaussianParameter(name, _leaf(site), transform, write, site["value"].shape)
 
 
 def _constraint(name: str, site: Any, model: Any) -> constraints.Constraint:
@@ -171,6 +177,7 @@ def _constraint(name: str, site: Any, model: Any) -> constraints.Constraint:
     kept = pyro.get_param_store()._constraints.get(name)
     if kept is not None:
         return kept
+    model = getattr(model, "__self__", model)
     if isinstance(model, nn.Module):
         for prefix, module in model.named_modules():
             if isinstance(module, PyroModule):

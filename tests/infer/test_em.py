@@ -8,7 +8,7 @@ import torch
 from exact_pairs import Exact, circle
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule, PyroParam, pyro_method
 from torch import nn
 from torch.distributions import constraints
 
@@ -251,6 +251,53 @@ def test_noise_behind_a_transformation_is_refused_with_the_cure():
     with pytest.raises(UnsupportedModel, match="computed from a parameter"):
         fit_of(model).step(circle(20))
     fit_of(model, ExactML).step(circle(20))
+
+
+def test_a_constant_column_under_shared_noise():
+    x = circle(40)
+    x[:, 1] = 0.5
+    em = fit_of(Exact(1, 4, 2))
+    losses = [em.step(x) for _ in range(4)]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_bound_methods_and_local_parameters(local):
+    class Holder(Exact):
+        @pyro_method
+        def model(self, x):
+            return self.forward(x)
+
+    with pyro.settings.context(module_local_params=local):
+        holder = Holder(1, 4, 2)
+        guide = AutoCPAPosterior(holder.model, decoder=holder.decoder)
+        for fit in (
+            EM(holder.model, guide),
+            ExactML(holder.model, guide, warm_start=1, iterations_per_step=3),
+        ):
+            noise = holder.noise.item()
+            losses = [fit.step(circle(40)) for _ in range(3)]
+            assert losses == sorted(losses, reverse=True)
+            assert holder.noise.item() != noise and holder.noise.item() > 0
+
+
+def test_a_line_search_that_leaves_the_model_turns_back():
+    model = Exact(1, 4, 2, noise=0.5)
+    x = circle(30)
+    fit = fit_of(model, ExactML, warm_start=0, iterations_per_step=5)
+    before = fit.step(x)
+    plain = fit.guide.log_evidence
+
+    def walled(*args):
+        if abs(model.noise.item() - 0.5) > 0.2:
+            raise InvalidData("outside")
+        return plain(*args)
+
+    fit.guide.log_evidence = walled
+    model.noise = torch.tensor(0.5)
+    losses = [fit.step(x) for _ in range(4)]
+    assert all(b <= a + 1e-9 for a, b in zip(losses, losses[1:], strict=False)) and before > 0
+    assert abs(model.noise.item() - 0.5) <= 0.2
 
 
 def test_a_budget_exceeded_in_a_step_restores_the_parameters():
