@@ -107,6 +107,7 @@ def test_idx_of_other_types(tmp_path, kind, code):
         ("a.gz", b"not gzip", "cannot be read"),
         ("a.gz", gzip.compress(bytes(2000))[:-9], "cannot be read"),
     ],
+    ids=["foreign", "empty", "truncated", "not gzip", "truncated gzip"],
 )
 def test_foreign_or_truncated_idx(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
