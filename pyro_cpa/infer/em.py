@@ -30,9 +30,6 @@ __all__ = ["EM"]
 HALVINGS = 8
 # Rounding of a float64 sum over the data; a fall within it is not a fall.
 ROUNDING = 1e-9
-# Sweeps before the first round of L-BFGS.
-WARM_UP = 10
-
 Target = Weight | GaussianParameter
 
 
@@ -68,9 +65,10 @@ class EM(AbstractExactFit):
         blocks: which of ``"output"``, ``"noise"``, ``"hidden"``, ``"prior"`` to update; by default all but the prior,
             the noise only where it is a parameter.
         ridge: precision rho of a Gaussian prior on the decoder's weights (biases are free).
-        accelerate: ``"lbfgs"`` alternates, after ten sweeps of all blocks, the closed-form blocks (output, noise,
+        accelerate: ``"lbfgs"`` alternates, after ``warm_up`` sweeps of all blocks, the closed-form blocks (output, noise,
             prior) with rounds of L-BFGS on the exact evidence, which take over the hidden layers.
-        lbfgs_iterations: iterations of that round.
+        lbfgs_iterations: iterations of one such round.
+        warm_up: sweeps before the first round.
 
     Raises:
         UnsupportedModel: the guide is not exact, a plate is subsampled, or a block has nothing to update.
@@ -109,7 +107,8 @@ class EM(AbstractExactFit):
         blocks: Sequence[str] | None = None,
         ridge: float = 0.0,
         accelerate: str | None = None,
-        lbfgs_iterations: int = 100,
+        lbfgs_iterations: int = 50,
+        warm_up: int = 10,
     ) -> None:
         super().__init__(model, guide, ridge=ridge)
         known = ("output", "noise", "hidden", "prior")
@@ -118,6 +117,7 @@ class EM(AbstractExactFit):
         if accelerate not in (None, "lbfgs"):
             raise CPAError(f"accelerate is {accelerate!r}: expected None or 'lbfgs'")
         self.blocks = None if blocks is None else tuple(blocks)
+        self.warm_up = warm_up
         self._round = LBFGSRound(self, lbfgs_iterations) if accelerate else None
         self._last: _EStep | None = None
         self._warned: set[str] = set()
@@ -127,7 +127,7 @@ class EM(AbstractExactFit):
         start = time.perf_counter()
         before = state = self._e_step(*args, **kwargs)
         accepted: dict[str, float] = {}
-        climbing = self._round is not None and len(self.history) >= WARM_UP
+        climbing = self._round is not None and len(self.history) >= self.warm_up
         for name, propose, moves_walls in self._plan(state):
             if climbing and moves_walls:
                 # L-BFGS takes over the hidden layers; closed-form blocks leave its curvature in place.

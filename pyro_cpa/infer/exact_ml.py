@@ -22,15 +22,17 @@ __all__ = ["ExactML"]
 class ExactML(AbstractExactFit):
     r"""Climb the exact :math:`\log p(X)` by L-BFGS with its exact gradient (Fisher's identity).
 
-    A few EM sweeps come first: they bring a decoder into the reach of its data, from where L-BFGS finds better optima and
-    finds them sooner.
+    L-BFGS alone (``warm_start=0``) can stay on a plateau for hundreds of iterations. By default a few EM sweeps first bring
+    the decoder into the reach of its data, and the blocks that have a closed form (last layer, noise) are solved
+    between rounds: the alternation of ``EM(..., accelerate="lbfgs")``, for models whose noise may be any function of
+    parameters.
 
     Args:
         model: a Pyro model that :class:`AutoCPAPosterior` accepts; all of its parameters are trained.
         guide: its :class:`AutoCPAPosterior`.
         ridge: precision of a Gaussian prior on the decoder's weights (biases are free).
         iterations_per_step: L-BFGS iterations of one :meth:`step`.
-        warm_start: number of steps at the beginning that are sweeps of :class:`EM`.
+        warm_start: steps at the beginning that are sweeps of :class:`EM`; 0 for L-BFGS alone.
 
     Note:
         Each iteration costs about one E-step with gradients. The evidence never falls between steps. Walls between
@@ -58,22 +60,23 @@ class ExactML(AbstractExactFit):
         guide: AutoCPAPosterior,
         *,
         ridge: float = 0.0,
-        iterations_per_step: int = 20,
+        iterations_per_step: int = 50,
         warm_start: int = 10,
     ) -> None:
         super().__init__(model, guide, ridge=ridge)
         self.warm_start = warm_start
+        self.iterations_per_step = iterations_per_step
         self._round = LBFGSRound(self, iterations_per_step)
-        self._sweeps: EM | None = None
+        self._alternation: EM | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One EM sweep or one round of L-BFGS; returns the exact -log p(x) before it, summed over the data."""
-        if len(self.history) < self.warm_start:
-            if self._sweeps is None:
-                self._sweeps = self._warm_start(*args, **kwargs)
-            loss = self._sweeps.step(*args, **kwargs)
-            self._rows = self._sweeps._rows
-            self.history.append(self._sweeps.history[-1])
+        if self.warm_start:
+            if self._alternation is None:
+                self._alternation = self._alternate(*args, **kwargs)
+            loss = self._alternation.step(*args, **kwargs)
+            self._rows = self._alternation._rows
+            self.history.append(self._alternation.history[-1])
             return loss
         start = time.perf_counter()
         with torch.no_grad():
@@ -85,10 +88,19 @@ class ExactML(AbstractExactFit):
         self.history.append(StepRecord(log_evidence, objective, gain, time.perf_counter() - start))
         return -before
 
-    def _warm_start(self, *args: Any, **kwargs: Any) -> EM:
+    def _alternate(self, *args: Any, **kwargs: Any) -> EM:
         try:
             noise_parameter(self._problem(*args, **kwargs), self.model, self.guide.decoder)
+            blocks = None
         except UnsupportedModel:
             # Noise that is a function of parameters is beyond an M-step, and left to L-BFGS.
-            return EM(self.model, self.guide, ridge=self.ridge, blocks=("output", "hidden"))
-        return EM(self.model, self.guide, ridge=self.ridge)
+            blocks = ("output", "hidden")
+        return EM(
+            self.model,
+            self.guide,
+            blocks=blocks,
+            ridge=self.ridge,
+            accelerate="lbfgs",
+            lbfgs_iterations=self.iterations_per_step,
+            warm_up=self.warm_start,
+        )
