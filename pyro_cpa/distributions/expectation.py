@@ -44,13 +44,9 @@ def _relevant_pairs(joint: PiecewiseJoint, pieces: Pieces) -> Tensor:
     upper = pieces.log_k + integrals.log_mass_bound(cells, pieces.loc, pieces.scale_tril)
     rows = torch.arange(len(upper), device=upper.device)
     best = upper.argmax(-1)
-    tril = _per_pair(pieces.scale_tril, rows, best)
-    lower = pieces.log_k[rows, best] + integrals.log_mass(cells[best], pieces.loc[rows, best], tril)
+    log_k, loc, scale_tril = pieces.pairs(rows, best)
+    lower = log_k + integrals.log_mass(cells[best], loc, scale_tril)
     return upper >= lower[:, None] - NEGLIGIBLE_NATS
-
-
-def _per_pair(scale_tril: Tensor, rows: Tensor, regions: Tensor) -> Tensor:
-    return scale_tril[regions] if scale_tril.dim() == 3 else scale_tril[rows, regions]
 
 
 def region_log_probs(joint: PiecewiseJoint, pieces: Pieces) -> tuple[Tensor, Tensor]:
@@ -60,10 +56,9 @@ def region_log_probs(joint: PiecewiseJoint, pieces: Pieces) -> tuple[Tensor, Ten
         log_joint = pieces.log_k + integrals.log_mass(cells, pieces.loc, pieces.scale_tril)
     else:
         rows, regions = _relevant_pairs(joint, pieces).nonzero(as_tuple=True)
-        tril = _per_pair(pieces.scale_tril, rows, regions)
-        log_mass = integrals.log_mass(cells[regions], pieces.loc[rows, regions], tril)
+        log_k, loc, scale_tril = pieces.pairs(rows, regions)
         log_joint = torch.full_like(pieces.log_k, -torch.inf)
-        log_joint[rows, regions] = pieces.log_k[rows, regions] + log_mass
+        log_joint[rows, regions] = log_k + integrals.log_mass(cells[regions], loc, scale_tril)
     log_prob = log_joint.logsumexp(-1)
     return log_prob, log_joint - log_prob[:, None]
 
@@ -77,13 +72,12 @@ def region_posterior(joint: PiecewiseJoint, x: Tensor) -> RegionPosterior:
         log_joint = pieces.log_k + log_mass
     else:
         rows, regions = _relevant_pairs(joint, pieces).nonzero(as_tuple=True)
-        tril = _per_pair(pieces.scale_tril, rows, regions)
-        pair = integrals.moments(cells[regions], pieces.loc[rows, regions], tril)
-        L = pieces.loc.shape[-1]
+        log_k, loc, scale_tril = pieces.pairs(rows, regions)
+        pair = integrals.moments(cells[regions], loc, scale_tril)
         log_joint = torch.full_like(pieces.log_k, -torch.inf)
         mean = torch.zeros_like(pieces.loc)
-        covariance = pieces.loc.new_zeros(pieces.loc.shape + (L,))
-        log_joint[rows, regions] = pieces.log_k[rows, regions] + pair.log_mass
+        covariance = loc.new_zeros(pieces.loc.shape + loc.shape[-1:])
+        log_joint[rows, regions] = log_k + pair.log_mass
         mean[rows, regions] = pair.mean
         covariance[rows, regions] = pair.covariance
     log_prob = log_joint.logsumexp(-1)

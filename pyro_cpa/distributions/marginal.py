@@ -128,12 +128,10 @@ class CPAMarginal(TorchDistribution):
         """
         x = check_data(value, self.partition.data_dim)
         parameters = (self._noise_scale, self._prior_loc, self._prior_tril)
-        slopes, offsets = (
-            self.partition.affine_maps(self._layers) if torch.is_grad_enabled() else (None, None)
-        )
-        if slopes is None or offsets is None:
-            slopes, offsets = self.partition.slopes, self.partition.offsets
-        found = differentiable_evidence(self.joint, x, slopes, offsets, *parameters)
+        maps = self.joint.slopes, self.joint.offsets
+        if torch.is_grad_enabled():
+            maps = self.partition.affine_maps(self._layers)
+        found = differentiable_evidence(self.joint, x, *maps, *parameters)
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return found.reshape(value.shape[:-1]).expand(shape).to(value.dtype)
 

@@ -52,6 +52,12 @@ class Pieces(NamedTuple):
     loc: Tensor
     scale_tril: Tensor
 
+    def pairs(self, rows: Tensor, regions: Tensor) -> Pieces:
+        """The pieces of P pairs of datum and region: (P,), (P, L), (P, L, L)."""
+        shared = self.scale_tril.dim() == 3
+        tril = self.scale_tril[regions] if shared else self.scale_tril[rows, regions]
+        return Pieces(self.log_k[rows, regions], self.loc[rows, regions], tril)
+
 
 class _Whitened(NamedTuple):
     """Noise-whitened least-squares problem of a batch: data (N, D'), maps (R, D', L) and (R, D') of the whitened

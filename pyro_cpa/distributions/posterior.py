@@ -155,9 +155,8 @@ class CPAPosterior(TorchDistribution):
             n = len(chunk.log_prob)
             region = torch.multinomial(chunk.log_probs.exp(), count, replacement=True).mT.reshape(-1)
             row = torch.arange(n, device=region.device).repeat(count)
-            tril = chunk.pieces.scale_tril
-            tril = tril[region] if tril.dim() == 3 else tril[row, region]
-            z = integrals.sample(cells[region], chunk.pieces.loc[row, region], tril)
+            _, loc, scale_tril = chunk.pieces.pairs(row, region)
+            z = integrals.sample(cells[region], loc, scale_tril)
             drawn.append(z.reshape(count, n, -1))
         z = torch.cat(drawn, dim=1)
         return z.reshape(shape + self._base_shape + z.shape[-1:]).to(self._dtype)
@@ -208,9 +207,8 @@ class CPAPosterior(TorchDistribution):
         for chunk in self._chunks():
             # What is left out has less than a rounding error of the mass.
             rows, regions = (chunk.log_probs > -40).nonzero(as_tuple=True)
-            tril = chunk.pieces.scale_tril
-            tril = tril[regions] if tril.dim() == 3 else tril[rows, regions]
-            log_weights = chunk.pieces.log_k[rows, regions] - chunk.log_prob[rows]
+            log_k, loc, scale_tril = chunk.pieces.pairs(rows, regions)
+            log_weights = log_k - chunk.log_prob[rows]
             solved = [
                 mixture_quantiles(
                     probabilities,
@@ -220,8 +218,8 @@ class CPAPosterior(TorchDistribution):
                     rows,
                     log_weights,
                     self.joint.partition.cells[regions],
-                    chunk.pieces.loc[rows, regions],
-                    tril,
+                    loc,
+                    scale_tril,
                 )
                 for axis in range(self.event_shape[0])
             ]

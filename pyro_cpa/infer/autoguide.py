@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..distributions import CPAMarginal, CPAPosterior
 from ..distributions.pieces import PiecewiseJoint
 from ..partition import Partition, enumerate_regions
-from .structure import ExactProblem, read_problem
+from .structure import ExactProblem, identical, read_problem
 
 __all__ = ["AutoCPAPosterior"]
 
@@ -143,7 +143,7 @@ class AutoCPAPosterior(AutoGuide):
         partition = self.partition()
         given = (partition, problem.x, problem.prior_loc, problem.prior_tril, problem.noise_scale)
         if self._solved is None or not all(
-            _identical(a, b) for a, b in zip(self._solved[0], given, strict=True)
+            identical(a, b) for a, b in zip(self._solved[0], given, strict=True)
         ):
             with torch.no_grad():
                 posterior = self._marginal(problem).posterior(problem.x)
@@ -237,13 +237,4 @@ def _noise_argument(noise_scale: Tensor) -> dict[str, Any]:
 
 
 def _same(kept: list[Tensor], now: list[Tensor]) -> bool:
-    return len(kept) == len(now) and all(_identical(a, b) for a, b in zip(kept, now, strict=True))
-
-
-def _identical(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor):
-        return a is b
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    # NaN, which marks missing data, equals itself here.
-    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+    return len(kept) == len(now) and all(identical(a, b) for a, b in zip(kept, now, strict=True))

@@ -22,7 +22,7 @@ from . import m_step
 from .autoguide import AutoCPAPosterior
 from .exact_fit import AbstractExactFit, LBFGSRound, StepRecord
 from .parameters import GaussianParameter, Weight, noise_parameter, prior_parameters
-from .structure import ExactProblem
+from .structure import ExactProblem, identical
 
 __all__ = ["EM"]
 
@@ -283,7 +283,5 @@ class EM(AbstractExactFit):
 
 
 def _unchanged(old: ExactProblem, new: ExactProblem) -> bool:
-    pairs = [(getattr(old, n), getattr(new, n)) for n in ("x", "prior_loc", "prior_tril", "noise_scale")]
-    return all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True) for a, b in pairs
-    )
+    names = ("x", "prior_loc", "prior_tril", "noise_scale")
+    return all(identical(getattr(old, name), getattr(new, name)) for name in names)

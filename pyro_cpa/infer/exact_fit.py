@@ -15,15 +15,13 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import CPAError, InvalidData, UnsupportedModel
+from ..errors import InvalidData, UnsupportedModel
 from .autoguide import AutoCPAPosterior
+from .lbfgs import HISTORY, climb
 from .parameters import trainable
 from .structure import ExactProblem
 
 __all__ = ["AbstractExactFit", "LBFGSRound", "StepRecord"]
-
-# Pairs of steps and gradient changes that L-BFGS keeps: on kinked objectives, more of them pay.
-HISTORY = 50
 
 
 @dataclass(frozen=True)
@@ -146,10 +144,7 @@ class LBFGSRound:
         self._optimizer: torch.optim.LBFGS | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[float, float]:
-        """One round; returns the summed evidence before it and after it.
-
-        The parameters of the best evaluation are kept: a line search that ends on a worse point cannot undo progress.
-        """
+        """One round; returns the objective (evidence less penalty, summed) before it and after it."""
         fit = self.fit
         if self._optimizer is None:
             self._optimizer = torch.optim.LBFGS(
@@ -160,43 +155,9 @@ class LBFGSRound:
                 tolerance_change=1e-12,
                 line_search_fn="strong_wolfe",
             )
-        optimizer, parameters = self._optimizer, self._optimizer.param_groups[0]["params"]
-        rows = max(1, fit._rows)
-        evaluated: list[float] = []
-        best_loss, best_evidence, best = torch.inf, -torch.inf, [p.detach().clone() for p in parameters]
 
-        def closure() -> Tensor:
-            nonlocal best_loss, best_evidence, best
-            optimizer.zero_grad()
-            try:
-                log_evidence = fit.guide.log_evidence(*args, **kwargs).double().sum()
-                loss = (fit._penalty() - log_evidence) / rows
-            except CPAError:
-                if not evaluated:
-                    raise
-                # A probe of the line search went where there is no model (noise of 0 or inf, too many regions).
-                return _wall(best_loss, parameters)
-            if not bool(loss.isfinite()):
-                return _wall(best_loss, parameters)
-            loss.backward()
-            evaluated.append(log_evidence.item())
-            if loss.item() < best_loss:
-                best_loss, best_evidence = loss.item(), evaluated[-1]
-                best = [p.detach().clone() for p in parameters]
-            return loss.detach()
+        def objective() -> Tensor:
+            return fit.guide.log_evidence(*args, **kwargs).double().sum() - fit._penalty()
 
-        try:
-            optimizer.step(closure)
-        finally:
-            optimizer.zero_grad()
-            with torch.no_grad():
-                for parameter, value in zip(parameters, best, strict=True):
-                    parameter.copy_(value)
-        return evaluated[0], best_evidence
-
-
-def _wall(best_loss: float, parameters: list[Tensor]) -> Tensor:
-    """A loss so high and flat that the line search turns back; finite, for it interpolates between losses."""
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    return torch.tensor(best_loss + 1e4 * (1 + abs(best_loss)), dtype=torch.float64)
+        values = climb(self._optimizer, objective, fit._rows)
+        return values[0], values[-1]

@@ -81,12 +81,11 @@ class ExactML(AbstractExactFit):
         start = time.perf_counter()
         with torch.no_grad():
             penalty = self._penalty().item()
-        before, log_evidence = self._round(*args, **kwargs)
+        before, after = self._round(*args, **kwargs)
         with torch.no_grad():
-            objective = log_evidence - self._penalty().item()
-        gain = objective - (before - penalty)
-        self.history.append(StepRecord(log_evidence, objective, gain, time.perf_counter() - start))
-        return -before
+            log_evidence = after + self._penalty().item()
+        self.history.append(StepRecord(log_evidence, after, after - before, time.perf_counter() - start))
+        return -(before + penalty)
 
     def _alternate(self, *args: Any, **kwargs: Any) -> EM:
         try:

@@ -40,8 +40,8 @@ class GaussianParameter:
         name: of the parameter site.
         unconstrained: the leaf tensor behind it.
         transform: from the leaf to the value.
-        read: from the value to the canonical form, a mean or a covariance.
-        write: back.
+        write: from a mean, variances (D,) or a covariance (D, D) to the value.
+        shape: of the value.
     """
 
     def __init__(

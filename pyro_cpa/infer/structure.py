@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModel
 
-__all__ = ["ExactProblem", "read_problem"]
+__all__ = ["ExactProblem", "identical", "read_problem"]
 
 NEEDS = (
     "The exact posterior needs z ~ Normal(...).to_event(1) or MultivariateNormal, and "
@@ -169,3 +169,13 @@ def _masked(site: Any, masks: list[Tensor]) -> Tensor:
     for keep in masks:
         x = torch.where(keep.to(x.device), x, torch.nan)
     return x
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Whether two tensors hold the same values, or two other objects are one."""
+    if not isinstance(a, Tensor):
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    # NaN, which marks missing data, equals itself here.
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_cpa.errors import UnsupportedModel
-from pyro_cpa.integrals.polygon import _map_pairs
+from pyro_cpa.integrals.polygon import map_pairs
 from pyro_cpa.integrals.polygon_frame import Edges, sight
 from pyro_cpa.partition.cells import Cells, Intervals, Polygons, WholeSpace
 
@@ -61,4 +61,4 @@ def _polygons(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Tensor:
         x, y = means
         return torch.stack([x + edges.c11 * view.yx, y + edges.c21 * view.yx + edges.c22 * view.yy])
 
-    return _map_pairs(cells, loc, scale_tril, 2, points).movedim(0, -1)
+    return map_pairs(cells, loc, scale_tril, 2, points).movedim(0, -1)

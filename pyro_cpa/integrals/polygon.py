@@ -17,7 +17,7 @@ from pyro_cpa.integrals.polygon_sample import draw_points
 from pyro_cpa.integrals.polygon_slices import cut, integrate
 from pyro_cpa.partition.cells import Polygons
 
-__all__ = []
+__all__ = ["map_pairs"]
 
 _EDGE_COUNTS = (4, 6)  # padding costs time: cells with up to so many edges are treated apart
 _CHUNK = 8192  # pairs per thread worked on at a time: what a processor's cache holds
@@ -48,7 +48,7 @@ def _by_edge_count(cells: Polygons) -> Iterator[tuple[Tensor, Polygons]]:
             )
 
 
-def _map_pairs(
+def map_pairs(
     cells: Polygons, loc: Tensor, scale_tril: Tensor, outputs: int, compute: Callable[[Edges, Tensor], Tensor]
 ) -> Tensor:
     """Applies ``compute(edges, loc)``, (outputs, P) from P pairs, chunk by chunk: (outputs, ..., R)."""
@@ -62,7 +62,7 @@ def _map_pairs(
         parts = []
         for means, factors in zip(loc.split(rows), scale_tril.split(rows), strict=True):
             copies = cells[every.repeat(means.shape[0])]
-            values = _map_pairs(copies, means.reshape(-1, 2), factors.reshape(-1, 2, 2), outputs, compute)
+            values = map_pairs(copies, means.reshape(-1, 2), factors.reshape(-1, 2, 2), outputs, compute)
             parts.append(values.view(outputs, *means.shape[:2]))
         return torch.cat(parts, dim=1).reshape(outputs, *batch)
     result = loc.new_empty(outputs, loc.shape[0], loc.shape[1])
@@ -108,13 +108,13 @@ def _pair_bound(edges: Edges, loc: Tensor) -> Tensor:
 @log_mass.register
 @torch.no_grad()
 def _log_mass(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    return _map_pairs(cells, loc, scale_tril, 6, _pair_moments)[0]
+    return map_pairs(cells, loc, scale_tril, 6, _pair_moments)[0]
 
 
 @moments.register
 @torch.no_grad()
 def _moments(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Moments:
-    log_masses, x, y, xx, xy, yy = _map_pairs(cells, loc, scale_tril, 6, _pair_moments)
+    log_masses, x, y, xx, xy, yy = map_pairs(cells, loc, scale_tril, 6, _pair_moments)
     covariance = torch.stack([xx, xy, xy, yy], dim=-1).reshape(*loc.shape, 2)
     return Moments(log_masses, torch.stack([x, y], dim=-1), covariance)
 
@@ -122,7 +122,7 @@ def _moments(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Moments:
 @log_mass_bound.register
 @torch.no_grad()
 def _log_mass_bound(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    return _map_pairs(cells, loc, scale_tril, 1, _pair_bound)[0]
+    return map_pairs(cells, loc, scale_tril, 1, _pair_bound)[0]
 
 
 @sample.register
@@ -135,5 +135,5 @@ def _sample(cells: Polygons, loc: Tensor, scale_tril: Tensor, sample_shape: tupl
             2 * count, means.shape[1]
         )
 
-    draws = _map_pairs(cells, loc, scale_tril, 2 * count, draw)
+    draws = map_pairs(cells, loc, scale_tril, 2 * count, draw)
     return draws.reshape(2, *sample_shape, *loc.shape[:-1]).movedim(0, -1)

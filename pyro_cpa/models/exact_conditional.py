@@ -150,4 +150,4 @@ class ConditionalCPAGenerator(AbstractLabelledGenerator):
                 "or recode the labels."
             )
         self.label_probs = (counts / len(x)).to(x)
-        return self._climb(lambda: self.log_prob(x, labels), num_steps)
+        return self._climb(lambda: self.log_prob(x, labels), len(x), num_steps)

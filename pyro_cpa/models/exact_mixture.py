@@ -224,5 +224,5 @@ class MixtureCPAGenerator(AbstractLabelledGenerator):
                 if len(history) > 1 and history[-1] - history[-2] < tol * len(x):
                     break
         if method != "em":
-            return history + self._climb(lambda: self.log_prob(x), num_steps)
+            return history + self._climb(lambda: self.log_prob(x), len(x), num_steps)
         return [*history, self.log_evidence(x).log_prob.sum().item()]

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 from pyro_cpa.distributions import CPAMarginal
 from pyro_cpa.errors import InvalidData
 from pyro_cpa.infer.evidence import Evidence
+from pyro_cpa.infer.lbfgs import HISTORY, climb
 from pyro_cpa.models.cpa_generator import exact_evidence
 from pyro_cpa.models.gaussian_noise import GaussianNoise, NoiseKind
 from pyro_cpa.models.latent_model import AbstractLatentModel, check_count, check_labels
@@ -180,38 +181,21 @@ class AbstractLabelledGenerator(AbstractLatentModel):
     def _labels(self, y: Tensor | int, rows: int) -> Tensor:
         return check_labels(y, rows, self.num_classes).to(self.origin.device)
 
-    def _climb(self, log_prob: Callable[[], Tensor], num_steps: int) -> list[float]:
-        """Up to ``num_steps`` evaluations of L-BFGS on the mean of ``log_prob()``; keeps the best parameters seen.
+    def _climb(self, log_prob: Callable[[], Tensor], rows: int, num_steps: int) -> list[float]:
+        """Up to ``num_steps`` evaluations of L-BFGS on the mean of ``log_prob()`` (rows,); keeps the best parameters seen.
 
         Returns:
             Summed log_prob before, and after each evaluation that improved it.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.LBFGS(
-            parameters, max_iter=num_steps, max_eval=num_steps, history_size=50, line_search_fn="strong_wolfe"
+            parameters,
+            max_iter=num_steps,
+            max_eval=num_steps,
+            history_size=HISTORY,
+            line_search_fn="strong_wolfe",
         )
-        best = [p.detach().clone() for p in parameters]
-        history: list[float] = []
-
-        def closure() -> Tensor:
-            nonlocal best
-            optimizer.zero_grad()
-            found = log_prob()
-            loss = -found.mean()
-            loss.backward()
-            if not history or found.sum().item() > history[-1]:
-                history.append(found.sum().item())
-                best = [p.detach().clone() for p in parameters]
-            return loss.detach()
-
-        try:
-            optimizer.step(closure)
-        finally:
-            optimizer.zero_grad()
-            with torch.no_grad():
-                for parameter, value in zip(parameters, best, strict=True):
-                    parameter.copy_(value)
-        return history
+        return climb(optimizer, lambda: log_prob().sum(), rows)
 
 
 def _with_own_bias(decoder: nn.Sequential) -> nn.Sequential:

@@ -305,11 +305,9 @@ def test_a_budget_exceeded_in_a_step_restores_the_parameters():
     x = circle(40)
     em = fit_of(model)
     em.step(x)
-    before = [p.detach().clone() for p in model.parameters()]
     em.guide.max_regions = 2
     model.decoder[0].weight.data.mul_(1.0000001)
     kept = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(RegionBudgetExceeded):
         em.step(x)
     assert all(torch.equal(a, b.detach()) for a, b in zip(kept, model.parameters(), strict=True))
-    assert len(before) == len(kept)

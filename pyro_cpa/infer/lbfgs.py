@@ -1,0 +1,77 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""L-BFGS on an exact objective that may have places where there is no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import CPAError, InvalidData
+
+__all__ = ["HISTORY", "climb"]
+
+# Pairs of steps and gradient changes that L-BFGS keeps: on kinked objectives, more of them pay.
+HISTORY = 50
+
+
+def climb(optimizer: torch.optim.LBFGS, objective: Callable[[], Tensor], rows: int) -> list[float]:
+    """Raise a summed log-probability by one ``optimizer.step``.
+
+    The parameters of the best evaluation are kept: a line search that ends on a worse point cannot undo progress.
+
+    Args:
+        optimizer: with strong Wolfe line search; its parameters are moved.
+        objective: evaluates the sum to be raised, differentiably.
+        rows: number of data; L-BFGS sees the negative mean.
+
+    Returns:
+        The objective before, and after each evaluation that improved on it.
+
+    Raises:
+        CPAError: whatever the first evaluation raises; InvalidData if it is not finite.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    best = [p.detach().clone() for p in parameters]
+    history: list[float] = []
+
+    def closure() -> Tensor:
+        nonlocal best
+        optimizer.zero_grad()
+        try:
+            total = objective()
+        except CPAError:
+            if not history:
+                raise
+            # A probe of the line search went where there is no model (noise of 0 or inf, too many regions).
+            return _wall(-history[-1] / max(1, rows), parameters)
+        if not bool(total.isfinite()):
+            if not history:
+                raise InvalidData(
+                    f"the objective is {total.item()} at the start: expected parameters of finite evidence"
+                )
+            return _wall(-history[-1] / max(1, rows), parameters)
+        loss = -total / max(1, rows)
+        loss.backward()
+        if not history or total.item() > history[-1]:
+            history.append(total.item())
+            best = [p.detach().clone() for p in parameters]
+        return loss.detach()
+
+    try:
+        optimizer.step(closure)
+    finally:
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, best, strict=True):
+                parameter.copy_(value)
+    return history
+
+
+def _wall(best_loss: float, parameters: list[Tensor]) -> Tensor:
+    """A loss so high and flat that the line search turns back; finite, for it interpolates between losses."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return torch.tensor(best_loss + 1e4 * (1 + abs(best_loss)), dtype=torch.float64)
