@@ -11,7 +11,7 @@ VENV312 ?= .venv312
 RUN = OMP_NUM_THREADS=1
 ARGS_TEST ?= -n 2
 
-.PHONY: demo test test-arviz1 lint types clean
+.PHONY: demo test test-arviz1 tutorials lint types clean
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-test lint types
 	$(RUN) $(BIN)/python -m pytest $(ARGS_TEST) $(ARGS)
+
+# All notebooks in full, their outputs stored in place.
+tutorials: $(VENV)/installed-tutorials
+	$(BIN)/python tutorials/run.py $(ARGS)
 
 # The parts that touch ArviZ, under ArviZ 1.x in an environment of its own.
 test-arviz1: $(VENV312)/installed

@@ -1,0 +1,79 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""Execute the tutorials: all of them in full, outputs written in place; or in a short mode, as the tests do.
+
+``python tutorials/run.py`` runs every notebook beside this file, ``python tutorials/run.py 03 05`` those whose names
+begin so. ``--smoke`` sets ``PYRO_CPA_SMOKE=1``, which the notebooks read to do everything with few steps; the
+notebooks stay as they are then, and ``--to FOLDER`` keeps what was executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from traitlets.config import Config
+
+FOLDER = Path(__file__).parent
+CELL_TIMEOUT = 600  # seconds: none comes near it, but a kernel that hangs should not hang the tests
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a fresh kernel; raises on the first error."""
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        # Sockets that are files of this process: two kernels that start at once may pick the same TCP port.
+        sockets = {"transport": "ipc", "connection_file": str(Path(folder) / "kernel.json")}
+        NotebookClient(
+            notebook,
+            timeout=CELL_TIMEOUT,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": str(path.parent)}},
+            config=Config({"KernelManager": {} if os.name == "nt" else sockets}),
+        ).execute()
+    # What depends on the machine and not on the notebook.
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    return notebook
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Execute the tutorials.")
+    parser.add_argument("names", nargs="*", help="beginnings of file names; all notebooks by default")
+    parser.add_argument("--smoke", action="store_true", help="short mode; the notebooks stay as they are")
+    parser.add_argument("--to", type=Path, help="folder for the executed notebooks, instead of their own")
+    chosen = parser.parse_args(arguments)
+    paths = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+    if chosen.names:
+        paths = [path for path in paths if path.name.startswith(tuple(chosen.names))]
+    if not paths:
+        parser.error(f"no notebook of {FOLDER} begins with {' or '.join(chosen.names)}")
+    os.environ.pop("PYRO_CPA_SMOKE", None)
+    if chosen.smoke:
+        os.environ["PYRO_CPA_SMOKE"] = "1"
+    # One thread: the order of floating-point sums, and so the outputs, do not depend on the number of cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for path in paths:
+        start = time.perf_counter()
+        notebook = execute(path)
+        target = chosen.to / path.name if chosen.to else None if chosen.smoke else path
+        if target is not None:
+            nbformat.write(notebook, target)
+        print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
