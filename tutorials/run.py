@@ -35,6 +35,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
             timeout=CELL_TIMEOUT,
             kernel_name="python3",
             record_timing=False,
+            coalesce_streams=True,  # how prints arrive depends on the time
             resources={"metadata": {"path": str(path.parent)}},
             config=Config({"KernelManager": {} if os.name == "nt" else sockets}),
         ).execute()
@@ -66,6 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ["PYRO_CPA_SMOKE"] = "1"
     # One thread: the order of floating-point sums, and so the outputs, do not depend on the number of cores.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # tqdm says so at its import in a kernel without ipywidgets, which only draw progress bars.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     for path in paths:
         start = time.perf_counter()
         notebook = execute(path)
