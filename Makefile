@@ -11,7 +11,7 @@ VENV312 ?= .venv312
 RUN = OMP_NUM_THREADS=1
 ARGS_TEST ?= -n 2
 
-.PHONY: demo test test-arviz1 tutorials lint types clean
+.PHONY: demo test test-arviz1 tutorials lint types docs package clean
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,5 +50,13 @@ lint: $(VENV)/installed-test
 types: $(VENV)/installed-test
 	$(BIN)/mypy
 
+# The pages in docs/_build/index.html; a warning of Sphinx is an error.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+# Build both distributions, install the wheel alone elsewhere, and run the README's example there.
+package:
+	$(PYTHON) scripts/check_package.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV312) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV312) build dist docs/_build demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
