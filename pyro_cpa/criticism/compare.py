@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def difference(self) -> np.ndarray:
-        """(M,) mean difference to the best model, per datum: 0 for the best, negative for the others."""
+        """(M,) mean difference per datum to the best model, 0 for the best, negative for the others."""
         return self._paired().mean(axis=1)
 
     @property

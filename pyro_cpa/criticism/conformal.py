@@ -62,7 +62,7 @@ class ConformalDetector:
 
     @property
     def smallest_level(self) -> float:
-        """1 / (n + 1): below this level nothing can be flagged."""
+        """The level 1 / (n + 1), below which nothing can be flagged."""
         return 1.0 / (self.calibration_scores.size + 1)
 
     def p_values(self, x: Any) -> np.ndarray:

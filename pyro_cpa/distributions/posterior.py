@@ -229,7 +229,7 @@ class CPAPosterior(TorchDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """(..., L) the z of highest posterior density: the best of every cell's constrained optimum."""
+        """(..., L) the z of highest posterior density, the best of every cell's constrained optimum."""
         found = []
         for chunk in self._chunks():
             loc, tril = chunk.pieces.loc, chunk.pieces.scale_tril

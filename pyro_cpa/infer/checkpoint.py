@@ -43,10 +43,9 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
             and containers of them.
 
     Note:
-        Exact: resuming continues with the very numbers of an uninterrupted run on the same machine and
-            versions,
-        as far as the data order is a function of what is saved. The generators of torch (all CUDA devices
-        included), NumPy and Python are saved. The file is read back before it replaces an older one.
+        Exact: resuming continues with the very numbers of an uninterrupted run on the same machine and versions, as
+        far as the data order is a function of what is saved. The generators of torch (all CUDA devices included), NumPy
+        and Python are saved. The file is read back before it replaces an older one.
 
     Example:
         >>> import tempfile, pyro

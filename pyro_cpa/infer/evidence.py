@@ -20,12 +20,12 @@ __all__ = ["Evidence", "log_evidence", "pointwise_log_likelihood"]
 
 
 class Evidence(NamedTuple):
-    """log p(x) of each datum.
+    r"""log p(x) of each datum.
 
     Attributes:
-        log_prob: (*plates) exact, or estimated from K particles.
-        standard_error: (*plates) of ``log_prob``, zero where it is exact.
-        ess: (*plates) effective sample size, between 1 and K; K where exact.
+        log_prob: (\*plates) exact, or estimated from K particles.
+        standard_error: (\*plates) of ``log_prob``, zero where it is exact.
+        ess: (\*plates) effective sample size, between 1 and K; K where exact.
         exact: whether no sampling was involved.
     """
 
@@ -66,7 +66,7 @@ def log_evidence(
 
     Raises:
         InvalidData: fewer than two particles.
-        UnsupportedModel: see :func:`~pyro_cpa.infer.particles.sample_log_weights`.
+        UnsupportedModel: for a pair without log-weights, naming the site, as at a step of the objectives.
 
     Note:
         The estimate is unbiased for p(x), hence below log p(x) on average. The standard error is the delta method's: do

@@ -31,7 +31,7 @@ class Cells:
     def generators(self) -> Tensor:
         """Homogeneous points (R, G, L + 1) whose non-negative combinations are the closed cells.
 
-        A row ``(w v, w)`` with w > 0 is the point v, weighted as by :func:`weighted_points`; a row
+        A row ``(w v, w)`` with w > 0 is the point v, weighted as by ``weighted_points``; a row
         ``(u, 0)`` is the direction u in which the cell is unbounded; a row of zeros is padding.
         """
         raise NotImplementedError

@@ -95,12 +95,12 @@ class Partition:
 
     @cached_property
     def feature_slopes(self) -> Tensor:
-        """(R, H, L) H_r: slopes of the input of the last linear layer."""
+        """(R, H, L) slopes H_r of the input of the last linear layer."""
         return self._features[0]
 
     @cached_property
     def feature_offsets(self) -> Tensor:
-        """(R, H) h_r: offsets of the input of the last linear layer."""
+        """(R, H) offsets h_r of the input of the last linear layer."""
         return self._features[1]
 
     @cached_property

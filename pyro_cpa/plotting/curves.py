@@ -81,7 +81,7 @@ def plot_integrand(curve: TVOCurve, *, ax: Axes | None = None) -> Axes:
     .. math:: \log p(x) = \int_0^1 \eta(\beta) \, d\beta
 
     Args:
-        curve: of :meth:`pyro_cpa.infer.TVO.curve`.
+        curve: of :meth:`pyro_cpa.infer.TVO.integrand`.
         ax: axes to draw on; new ones by default.
 
     Returns:
