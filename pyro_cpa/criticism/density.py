@@ -54,7 +54,8 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
         log_likelihood_: of the training data, summed.
         num_parameters: honest count, see :func:`~pyro_cpa.criticism.count_parameters`.
         n_iter_: steps taken by the best start.
-        n_features_in_, feature_names_in_: as ever.
+        n_features_in_: number of columns.
+        feature_names_in_: their names, if the training table had any.
 
     Raises:
         InvalidData: a column without a single value, or parameters that make no sense.

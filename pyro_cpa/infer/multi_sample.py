@@ -78,6 +78,7 @@ class AbstractMultiSampleELBO(ELBO):
         (torch.Size([4, 2]), ('data',), tensor([5., 5.]))
     """
 
+    #: How derivatives pass through the guide's draws.
     draws: Draws = Draws.ATTACHED
     min_particles: int = 1
 
@@ -127,7 +128,7 @@ class AbstractMultiSampleELBO(ELBO):
         Neither is scaled or summed here. Both are taken as they are under ``torch.no_grad``.
 
         Args:
-            weights: log-weights (K, \*plates), attached to the graph as :attr:`draws` says.
+            weights: log-weights (K, \*plates), attached to the graph as :attr:`AbstractMultiSampleELBO.draws` says.
 
         Returns:
             The value F and the surrogate, each (\*plates). They may be the same tensor.

@@ -80,20 +80,19 @@ class Summary(NamedTuple):
 
 
 class TVOBounds(NamedTuple):
-    r"""Bounds of one set of particles, summed over data as the objective sums them (subsampling scale
-    included).
+    r"""Bounds of one set of particles, summed over data as the objective sums them (subsampling scale included).
 
     On every sample set :math:`\mathrm{elbo} \le \mathrm{lower} \le \mathrm{iwae} \le \mathrm{upper\_snis}`.
-    In expectation the first three stay below the evidence. ``upper_snis`` is the right sum of an
-    importance-sampled
-    integrand: it is **not** an upper bound of the evidence, and where the guide is poor it lies far below it.
-        A true
-    upper bound needs exact posterior samples: see ``TVO.simulated_sandwich``.
+    In expectation the first three stay below the evidence. ``upper_snis`` is the right sum of an importance-sampled
+    integrand: it is **not** an upper bound of the evidence, and where the guide is poor it lies far below it. A true
+    upper bound needs exact posterior samples: see :meth:`~pyro_cpa.infer.TVO.simulated_sandwich`.
 
     Attributes:
         bound: value of the rule in use, minus the loss.
         elbo: mean log-weight.
-        lower, trapezoid, upper_snis: left rule, mean of both, right rule.
+        lower: left rule.
+        trapezoid: mean of left and right rule.
+        upper_snis: right rule.
         iwae: importance-weighted value of the same particles, the limit of all rules for many nodes.
         betas: (K+1,) nodes.
         eta: (K+1,) integrand.

@@ -71,7 +71,7 @@ class CoupledSigmoidNet(AbstractBernoulliStack):
     .. math:: p(y = c) \propto \exp\Bigl( b_c + \sum_i \log(1 + e^{W_{ci} + a_i}) \Bigr)
 
     Passing means up in place of samples turns the recognition net into an ordinary sigmoid network; that
-    forward pass (:meth:`network`, :meth:`encode`, :meth:`predict`) is its mean-field inference.
+    forward pass (``network``, ``encode``, ``predict``) is its mean-field inference.
 
     Args:
         data_dim: D.

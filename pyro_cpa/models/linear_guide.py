@@ -50,7 +50,7 @@ class LinearGuide(PyroModule):
         self.scale_tril = PyroParam(torch.eye(latent_dim), constraints.lower_cholesky)
 
     def forward(self, x: Tensor, *, size: int | None = None) -> Tensor:
-        """Draws z given x (N, D); ``size`` as for :meth:`FactorAnalysis.model`."""
+        """Draws z given x (N, D); ``size`` as for ``FactorAnalysis.model``."""
         rows = x.shape[-2]
         subsample = None if size is None else torch.arange(rows, device=x.device)
         with pyro.plate("data", size or rows, subsample=subsample):
