@@ -75,6 +75,11 @@ def _sliver(decoder: nn.Sequential) -> None:
     decoder[0].bias[1] = decoder[0].bias[0] + 1e-9 * decoder[0].weight[0].norm()
 
 
+def _flatten(decoder: nn.Sequential) -> None:
+    # All walls of the first layer are parallel to one direction, so that every cell holds a line.
+    decoder[0].weight[:, -1] = decoder[0].weight[:, 0]
+
+
 def _scale(factor: float) -> Callable[[nn.Sequential], None]:
     def edit(decoder: nn.Sequential) -> None:
         decoder[0].weight.mul_(factor)
@@ -144,6 +149,14 @@ DECODERS: dict[str, DecoderCase] = {
     "batch-norm-2": DecoderCase(_with_batch_norm, 2),
     "nested-2": DecoderCase(_nested, 2),
     "own-forward-2": DecoderCase(_OwnForward, 2),
+    "relu-3": DecoderCase(lambda: mlp(3, 7, 3), 3),
+    "deep-3": DecoderCase(lambda: mlp(3, 5, 5, 3, activation=lambda: nn.LeakyReLU(0.1)), 3),
+    "no-bias-3": DecoderCase(lambda: mlp(3, 5, 4, 3, bias=False), 3),
+    "duplicated-3": DecoderCase(lambda: _edited(mlp(3, 6, 3, 2), _duplicate), 3),
+    "sliver-3": DecoderCase(lambda: _edited(mlp(3, 4, 4, 2), _sliver), 3),
+    "flat-3": DecoderCase(lambda: _edited(mlp(3, 5, 4, 2), _flatten), 3),
+    "hardtanh-3": DecoderCase(lambda: mlp(3, 4, 3, 2, activation=lambda: nn.Hardtanh(-0.5, 1.5)), 3),
+    "relu-4": DecoderCase(lambda: mlp(4, 6, 3), 4),
 }
 """Name -> factory and latent dimension."""
 

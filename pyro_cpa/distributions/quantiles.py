@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import integrals
 from ..partition.cells import Cells, Intervals, Polygons, WholeSpace
-from ..partition.polygons import halves
 from ..partition.walls import Walls
 
 __all__ = ["log_mass_below", "mixture_quantiles"]
@@ -94,6 +93,6 @@ def _polygons(cells: Polygons, loc: Tensor, scale_tril: Tensor, axis: int, at: T
     if bool(inside.any()):
         found[inside] = integrals.log_mass(cells[inside], loc[inside], scale_tril[inside])
     if bool(crossed.any()):
-        below, _ = halves(cells[crossed], walls[crossed])
+        below, _ = cells[crossed].halves(walls[crossed])
         found[crossed] = integrals.log_mass(below, loc[crossed], scale_tril[crossed])
     return found

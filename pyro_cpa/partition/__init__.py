@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The geometry of a decoder: which regions it has, and the affine map on each. No probability here."""
 
-from .cells import Cells, Intervals, Polygons, WholeSpace
+from .cells import Cells, Intervals, Polygons, Polytopes, WholeSpace
 from .modules import Abs
 from .network import Network
 from .regions import Partition, enumerate_regions
@@ -14,6 +14,7 @@ __all__ = [
     "Network",
     "Partition",
     "Polygons",
+    "Polytopes",
     "WholeSpace",
     "enumerate_regions",
 ]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cells that are cut by walls, and remember how to find the cell of a point.
 
-One class for each latent dimension that has exact cells; the enumeration knows only their common interface.
+One class for the line, one for all other dimensions; the enumeration knows only their common interface.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModule
-from .cells import Cells, Intervals, WholeSpace
+from .cells import Cells, Intervals
 from .walls import Walls
 
-__all__ = ["Arrangement", "Line", "Space"]
+__all__ = ["Arrangement", "Line"]
 
 
 class Arrangement(ABC):
@@ -40,24 +39,6 @@ class Arrangement(ABC):
     @abstractmethod
     def locate(self, z: Tensor) -> Tensor:
         """Index (N,) of the one cell in which each point (N, L) lies."""
-
-
-class Space(Arrangement):
-    """R^L in one piece, for dimensions whose cells cannot be cut."""
-
-    def __init__(self, dim: int) -> None:
-        self.cells = WholeSpace(dim)
-
-    def cut(self, walls: Walls, check: Callable[[int], None]) -> Tensor:
-        if len(walls):
-            raise UnsupportedModule(
-                f"the decoder has several regions in a latent space of dimension {self.cells.dim}: exact "
-                "cells exist for L = 1 and L = 2. Use a smaller latent space, or a decoder that is affine."
-            )
-        return torch.zeros(1, dtype=torch.long, device=walls.cell.device)
-
-    def locate(self, z: Tensor) -> Tensor:
-        return torch.zeros(len(z), dtype=torch.long, device=z.device)
 
 
 class Line(Arrangement):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .convex import Bound, Cells, weighted_points
 from .polygons import Polygons
+from .polytopes import Polytopes
 
-__all__ = ["Cells", "Intervals", "Polygons", "WholeSpace"]
+__all__ = ["Cells", "Intervals", "Polygons", "Polytopes", "WholeSpace"]
 
 
 @dataclass(frozen=True)

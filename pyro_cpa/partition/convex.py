@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InvalidData
+from .walls import Walls
 
-__all__ = ["Bound", "Cells", "weighted_points"]
+__all__ = ["Bound", "Cells", "DivisibleCells", "weighted_points"]
 
 Bound = float | Sequence[float]
 
@@ -62,6 +64,19 @@ class Cells:
             For each cell its V corners (V, L), counter-clockwise for L = 2; V = 0 for a cell outside the box.
         """
         raise InvalidData(f"cells can be drawn in one or two dimensions, but these have {self.dim}.")
+
+
+class DivisibleCells(Cells):
+    """Cells that walls cut in two (base class)."""
+
+    @staticmethod
+    def cat(parts: Sequence[Any]) -> Any:
+        """All cells of ``parts``, which are of the same kind, in order."""
+        raise NotImplementedError
+
+    def halves(self, walls: Walls) -> tuple[Any, Any]:
+        """Both parts of each cell: ``normal . z <= offset`` and the rest. Wall p crosses cell p."""
+        raise NotImplementedError
 
 
 def weighted_points(points: Tensor, exists: Tensor) -> Tensor:

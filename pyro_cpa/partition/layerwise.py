@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidData, RegionBudgetExceeded
-from .arrangement import Arrangement, Line, Space
+from .arrangement import Arrangement, Line
 from .layers import Dense, Elementwise, Layer, homogeneous_basis, push, push_magnitude
 from .network import Network
 from .plane import Plane
@@ -33,7 +33,7 @@ def cut_layer_by_layer(
     """
     L = network.latent_dim
     like = torch.empty(0, dtype=torch.float64, device=network.device)
-    arrangement: Arrangement = Line(like) if L == 1 else Plane(like) if L == 2 else Space(L)
+    arrangement: Arrangement = Line(like) if L == 1 else Plane(like, L)
     patterns: list[Tensor] = []
     for index, layer in enumerate(layers):
         if isinstance(layer, Elementwise) and layer.switches:

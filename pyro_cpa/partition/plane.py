@@ -1,30 +1,35 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-"""The plane cut into convex polygons, with the tree of cuts that finds the polygon of a point."""
+"""The plane cut into polygons, or R^L into polytopes, with the tree of cuts that finds the cell of a point."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arrangement import Arrangement
-from .polygons import Polygons, halves
+from .convex import DivisibleCells
+from .polygons import Polygons
+from .polytopes import Polytopes
 from .walls import Walls
 
 __all__ = ["Plane"]
 
 
 class Plane(Arrangement):
-    """The plane, cut into convex polygons.
+    """The plane, or R^dim for any larger dim, cut into convex cells.
 
     All cells are cut at once, each by one of its walls; the parts inherit the walls that cross them, until
     none is left.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self.cells: Polygons = Polygons.whole_plane(like)
+    def __init__(self, like: Tensor, dim: int = 2) -> None:
+        self.cells: DivisibleCells = (
+            Polygons.whole_plane(like) if dim == 2 else Polytopes.whole_space(dim, like)
+        )
         self._slots = torch.zeros(1, dtype=torch.long, device=like.device)
         self._tree = _CutTree()
 
@@ -33,9 +38,10 @@ class Plane(Arrangement):
         # Cleanest first, so that an exact wall decides before its noisy copy does.
         walls = walls[walls.tilt.log10().floor().argsort(stable=True)]
         walls = walls[walls.cell.argsort(stable=True)]
-        cells, slots = self.cells, self._slots
+        cells: Any = self.cells
+        slots = self._slots
         parents = torch.arange(R, device=slots.device)
-        finished: list[tuple[Polygons, Tensor, Tensor]] = []
+        finished: list[tuple[Any, Tensor, Tensor]] = []
         count = R
         while True:
             pending = torch.bincount(walls.cell, minlength=len(cells)) > 0
@@ -52,9 +58,9 @@ class Plane(Arrangement):
             slots = self._tree.add(slots, chosen)
             parents = parents.repeat(2)
             rest = Walls.cat([rest, rest.of(rest.cell + len(cells))])
-            cells = Polygons.cat(halves(cells, chosen))
+            cells = cells.cat(cells.halves(chosen))
             walls = rest[rest.cross(cells.generators()[rest.cell])]
-        self.cells = Polygons.cat([cells for cells, _, _ in finished])
+        self.cells = cells.cat([cells for cells, _, _ in finished])
         self._slots = torch.cat([slots for _, _, slots in finished])
         return torch.cat([parents for _, parents, _ in finished])
 

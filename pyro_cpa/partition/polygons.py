@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .convex import Bound, Cells, weighted_points
+from .convex import Bound, DivisibleCells, weighted_points
 from .walls import NOISE, Walls
 
-__all__ = ["Polygons", "halves"]
+__all__ = ["Polygons"]
 
 
 @dataclass(frozen=True)
-class Polygons(Cells):
+class Polygons(DivisibleCells):
     r"""R convex polygons of the plane, bounded or not, each an unordered set of edges.
 
     Edge e of cell r lies on the line :math:`n \cdot z = c` with the cell on the side
@@ -97,6 +97,34 @@ class Polygons(Cells):
         """(R, E, 2) unit direction of each edge, counter-clockwise around the cell."""
         return torch.stack([-self.normals[..., 1], self.normals[..., 0]], dim=-1)
 
+    def halves(self, walls: Walls) -> tuple[Polygons, Polygons]:
+        """Both parts of each cell: ``normal . z <= offset`` and the rest. Wall p crosses cell p.
+
+        Every edge is clipped by the wall along its own line, and the new edge is what the other edges leave of
+        the wall: no corner is ever computed from another corner, and unbounded edges need no special case.
+        """
+        normal, offset = walls.normal[:, None], walls.offset[:, None]
+        is_edge, c = self.is_edge, torch.where(self.is_edge, self.offsets, 0.0)
+        # On edge e the wall is where  s slope = gap;  on the wall edge e is where  -s slope = room.
+        slope = (self.tangents * normal).sum(-1)
+        cosine = (self.normals * normal).sum(-1)
+        gap, room = offset - c * cosine, c - offset * cosine
+        parallel = slope.abs() <= 2 * walls.tilt[:, None]
+        crossing = torch.where(parallel, torch.where(gap >= 0, torch.inf, -torch.inf), gap / slope)
+        rising = parallel | (slope > 0)
+        below_starts = torch.where(rising, self.starts, torch.maximum(self.starts, crossing))
+        below_ends = torch.where(rising, torch.minimum(self.ends, crossing), self.ends)
+        above_starts = torch.where(rising, torch.maximum(self.starts, crossing), self.starts)
+        above_ends = torch.where(rising, self.ends, torch.minimum(self.ends, crossing))
+        limits = is_edge & ~parallel
+        meets = -room / slope
+        # A column without limit, for cells without edges.
+        high = pad(torch.where(limits & (slope < 0), meets, torch.inf), (0, 1), value=torch.inf).amin(1)
+        low = pad(torch.where(limits & (slope > 0), meets, -torch.inf), (0, 1), value=-torch.inf).amax(1)
+        below = _with_edge(self, is_edge, below_starts, below_ends, walls.normal, walls.offset, low, high)
+        above = _with_edge(self, is_edge, above_starts, above_ends, -walls.normal, -walls.offset, -high, -low)
+        return below, above
+
     def clip_to_box(self, low: Bound, high: Bound) -> list[np.ndarray]:
         R = len(self)
         cells, shown = self, torch.arange(R, device=self.offsets.device)
@@ -108,7 +136,7 @@ class Polygons(Cells):
                 walls = Walls(shown, normal, offset, *offset.new_full((2, len(cells)), NOISE))
                 crossed = walls.cross(cells.generators())
                 inside = ~crossed & ((cells.interior_points() * normal).sum(-1) < offset)
-                below, _ = halves(cells[crossed], walls[crossed])
+                below, _ = cells[crossed].halves(walls[crossed])
                 cells = Polygons.cat([cells[inside], below])
                 shown = torch.cat([shown[inside], shown[crossed]])
         # Around a convex polygon the normals of the edges turn counter-clockwise.
@@ -123,35 +151,6 @@ class Polygons(Cells):
         for r, points, count in zip(shown.tolist(), in_order, cells.is_edge.sum(1).tolist(), strict=True):
             drawn[r] = points[:count]
         return drawn
-
-
-def halves(cells: Polygons, walls: Walls) -> tuple[Polygons, Polygons]:
-    """Both parts of each cell: ``normal . z <= offset`` and the rest. Wall p crosses cell p.
-
-    Every edge is clipped by the wall along its own line, and the new edge is what the other edges leave of
-    the wall: no corner is ever computed from another corner, and unbounded edges need no special case.
-    """
-    normal, offset = walls.normal[:, None], walls.offset[:, None]
-    is_edge, c = cells.is_edge, torch.where(cells.is_edge, cells.offsets, 0.0)
-    # On edge e the wall is where  s slope = gap;  on the wall edge e is where  -s slope = room.
-    slope = (cells.tangents * normal).sum(-1)
-    cosine = (cells.normals * normal).sum(-1)
-    gap, room = offset - c * cosine, c - offset * cosine
-    parallel = slope.abs() <= 2 * walls.tilt[:, None]
-    crossing = torch.where(parallel, torch.where(gap >= 0, torch.inf, -torch.inf), gap / slope)
-    rising = parallel | (slope > 0)
-    below_starts = torch.where(rising, cells.starts, torch.maximum(cells.starts, crossing))
-    below_ends = torch.where(rising, torch.minimum(cells.ends, crossing), cells.ends)
-    above_starts = torch.where(rising, torch.maximum(cells.starts, crossing), cells.starts)
-    above_ends = torch.where(rising, cells.ends, torch.minimum(cells.ends, crossing))
-    limits = is_edge & ~parallel
-    meets = -room / slope
-    # A column without limit, for cells without edges.
-    high = pad(torch.where(limits & (slope < 0), meets, torch.inf), (0, 1), value=torch.inf).amin(1)
-    low = pad(torch.where(limits & (slope > 0), meets, -torch.inf), (0, 1), value=-torch.inf).amax(1)
-    below = _with_edge(cells, is_edge, below_starts, below_ends, walls.normal, walls.offset, low, high)
-    above = _with_edge(cells, is_edge, above_starts, above_ends, -walls.normal, -walls.offset, -high, -low)
-    return below, above
 
 
 def _with_edge(

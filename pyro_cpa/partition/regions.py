@@ -28,8 +28,8 @@ class Partition:
 
     Attributes:
         network: the decoder as a chain of layers, bound to its live parameters.
-        cells: the R cells: :class:`WholeSpace` (R = 1), :class:`Intervals` (L = 1) or
-            :class:`Polygons` (L = 2).
+        cells: the R cells: :class:`WholeSpace` (R = 1), :class:`Intervals` (L = 1),
+            :class:`Polygons` (L = 2) or :class:`Polytopes` (L > 2).
         patterns: for every activation layer the segment (R, H) int8 on which each unit is.
         output_weight: (D, H) W, the last ``nn.Linear``; the identity if the decoder ends in another module.
         output_bias: (D,) v.
@@ -193,7 +193,7 @@ def enumerate_regions(
         The :class:`Partition`, in float64 on the decoder's device, detached from its parameters.
 
     Raises:
-        UnsupportedModule: the decoder is not piecewise affine, or L > 2 and it has more than one region.
+        UnsupportedModule: the decoder is not piecewise affine.
         RegionBudgetExceeded: there are more than ``max_regions`` regions.
         InvalidData: a parameter is NaN or infinite.
 

@@ -83,13 +83,17 @@ def random_decoder(
 
 @st.composite
 def decoders(
-    draw: st.DrawFn, latent_dim: int, modes: tuple[str, ...] = MODES, units: tuple[str, ...] = tuple(UNITS)
+    draw: st.DrawFn,
+    latent_dim: int,
+    modes: tuple[str, ...] = MODES,
+    units: tuple[str, ...] = tuple(UNITS),
+    most: int = 6,
 ):
-    """Decoders with up to three hidden layers of one to six units."""
+    """Decoders with up to three hidden layers of one to ``most`` units."""
     depth = draw(st.integers(1, 3))
     recipe = {
         "seed": draw(st.integers(0, 2**31)),
-        "widths": [draw(st.integers(1, 6)) for _ in range(depth)],
+        "widths": [draw(st.integers(1, most)) for _ in range(depth)],
         "modes": [draw(st.sampled_from(modes)) for _ in range(depth)],
         "units": [draw(st.sampled_from(units)) for _ in range(depth)],
     }

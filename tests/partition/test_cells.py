@@ -11,7 +11,6 @@ from geometry import area
 
 from pyro_cpa.errors import InvalidData
 from pyro_cpa.partition import Intervals, Polygons, WholeSpace
-from pyro_cpa.partition.polygons import halves
 from pyro_cpa.partition.walls import NOISE, Walls
 
 
@@ -21,7 +20,7 @@ def cut(cells, angle, offset):
     normal = torch.tensor([[np.cos(angle), np.sin(angle)]]).expand(R, -1)
     walls = Walls(torch.arange(R), normal, torch.full((R,), offset), *torch.full((2, R), NOISE))
     assert walls.cross(cells.generators()).all()
-    return halves(cells, walls)
+    return cells.halves(walls)
 
 
 def polygon(*lines):
