@@ -201,6 +201,7 @@ class BidirectionalHelmholtzMachine(AbstractBernoulliStack):
         chosen = torch.multinomial(torch.softmax(log_w, 0), n, replacement=True)
         return [layer[chosen] for layer in layers]
 
+    @torch.no_grad()
     def generate(
         self, n: int, mode: str = "sample", *, oversample: int = 100, num_inner: int = 10, num_sweeps: int = 0
     ) -> Tensor:
