@@ -55,10 +55,10 @@ def region_log_probs(joint: PiecewiseJoint, pieces: Pieces) -> tuple[Tensor, Ten
     if len(cells) <= PRUNE_ABOVE:
         log_joint = pieces.log_k + integrals.log_mass(cells, pieces.loc, pieces.scale_tril)
     else:
-        rows, regions = _relevant_pairs(joint, pieces).nonzero(as_tuple=True)
-        log_k, loc, scale_tril = pieces.pairs(rows, regions)
-        log_joint = torch.full_like(pieces.log_k, -torch.inf)
-        log_joint[rows, regions] = log_k + integrals.log_mass(cells[regions], loc, scale_tril)
+        kept = _relevant_pairs(joint, pieces)
+        log_joint = (
+            pieces.log_k + integrals.moments_where(cells, pieces.loc, pieces.scale_tril, kept).log_mass
+        )
     log_prob = log_joint.logsumexp(-1)
     return log_prob, log_joint - log_prob[:, None]
 
@@ -68,20 +68,13 @@ def region_posterior(joint: PiecewiseJoint, x: Tensor) -> RegionPosterior:
     pieces = joint.pieces(x)
     cells = joint.partition.cells
     if len(cells) <= PRUNE_ABOVE:
-        log_mass, mean, covariance = integrals.moments(cells, pieces.loc, pieces.scale_tril)
-        log_joint = pieces.log_k + log_mass
+        found = integrals.moments(cells, pieces.loc, pieces.scale_tril)
     else:
-        rows, regions = _relevant_pairs(joint, pieces).nonzero(as_tuple=True)
-        log_k, loc, scale_tril = pieces.pairs(rows, regions)
-        pair = integrals.moments(cells[regions], loc, scale_tril)
-        log_joint = torch.full_like(pieces.log_k, -torch.inf)
-        mean = torch.zeros_like(pieces.loc)
-        covariance = loc.new_zeros(pieces.loc.shape + loc.shape[-1:])
-        log_joint[rows, regions] = log_k + pair.log_mass
-        mean[rows, regions] = pair.mean
-        covariance[rows, regions] = pair.covariance
+        kept = _relevant_pairs(joint, pieces)
+        found = integrals.moments_where(cells, pieces.loc, pieces.scale_tril, kept)
+    log_joint = pieces.log_k + found.log_mass
     log_prob = log_joint.logsumexp(-1)
-    return RegionPosterior(log_prob, log_joint - log_prob[:, None], mean, covariance)
+    return RegionPosterior(log_prob, log_joint - log_prob[:, None], found.mean, found.covariance)
 
 
 def region_posteriors(joint: PiecewiseJoint, x: Tensor) -> Iterator[tuple[slice, RegionPosterior]]:

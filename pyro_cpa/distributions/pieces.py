@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..integrals.compiled import array, in_blocks, runs_compiled
 from ..partition import Partition
 from .missing import log_likelihood, observed_tril
 
@@ -91,6 +92,18 @@ def _lower_factor(slopes: Tensor) -> Tensor:
     return factor
 
 
+def _solve(w: _Whitened, directions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances (N, R) of the data from the maps' images, prior included, and the latents (N, R, L) nearest."""
+    from .pieces_compiled import solve
+
+    R, _, L = w.slopes.shape
+    N = len(w.data)
+    square, latent = w.data.new_empty(N, R), w.data.new_empty(N, R, L)
+    shared = [array(field) for field in (w.slopes.mT, w.offsets, directions.mT, inverse)]
+    in_blocks(solve, shared, [(array(w.data), 0), (square.numpy(), 0), (latent.numpy(), 0)], N * R)
+    return square, latent
+
+
 class PiecewiseJoint:
     """Partition, prior and noise together, detached and in float64: everything the exact posterior needs.
 
@@ -159,6 +172,11 @@ class PiecewiseJoint:
         # Least squares through the orthonormal columns A K^-1; its rounding only enters log k squared, because
         # the residual is evaluated at the solution rather than as a difference of squares.
         directions = w.slopes @ inverse
+        log_det = w.log_det[:, None] + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        if directions.dim() == 3 and runs_compiled(x):
+            square, u = _solve(w, directions, inverse)
+            square += w.residual[:, None]
+            return self._pieces(-0.5 * square - log_det, u, inverse)
         distance = w.data[:, None] - w.offsets
         if directions.dim() == 3:
             projection = torch.einsum("nrd,rdl->nrl", distance, directions)
@@ -169,9 +187,11 @@ class PiecewiseJoint:
             u = (inverse @ projection[..., None])[..., 0]
             distance = distance - (w.slopes @ u[..., None])[..., 0]
         square = w.residual[:, None] + distance.square().sum(-1) + u.square().sum(-1)
-        log_det = w.log_det[:, None] + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        loc = self.prior.loc + u @ self.prior.scale_tril.mT
-        return Pieces(-0.5 * square - log_det, loc, self.prior.scale_tril @ inverse)
+        return self._pieces(-0.5 * square - log_det, u, inverse)
+
+    def _pieces(self, log_k: Tensor, u: Tensor, inverse: Tensor) -> Pieces:
+        tril = self.prior.scale_tril
+        return Pieces(log_k, self.prior.loc + u @ tril.mT, tril @ inverse)
 
     def _latent_whitened(self, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Affine maps of u, where z = loc + scale_tril u and u ~ N(0, I)."""

@@ -14,7 +14,7 @@ They dispatch on the kind of cells: whole space (any dimension), intervals, poly
 """
 
 from pyro_cpa.integrals import interval, polygon, whole_space
-from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
+from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, moments_where, sample
 from pyro_cpa.integrals.nearest import nearest_point
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "log_mass",
     "log_mass_bound",
     "moments",
+    "moments_where",
     "nearest_point",
     "polygon",
     "sample",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_cpa.integrals.compiled import array, in_blocks, runs_compiled
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
 from pyro_cpa.integrals.normal import at_a_time, truncated_moments, truncated_quantile
 from pyro_cpa.partition.cells import Intervals
@@ -67,16 +68,39 @@ def _pair_moments(interval: _Whitened) -> Tensor:
     return torch.stack([log_masses, interval.anchor + step * offset, step * step * variance])
 
 
+def _all_moments(cells: Intervals, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    """(3, ..., R): log-mass, mean, variance."""
+    if not runs_compiled(loc):
+        return _map_pairs(cells, loc, scale_tril, 3, _pair_moments)
+    from pyro_cpa.integrals.interval_compiled import moments
+
+    regions = loc.shape[-2]
+    means, ends = array(loc.reshape(-1, regions)), [array(cells.lower), array(cells.upper)]
+    factors = scale_tril if scale_tril.dim() == 3 else scale_tril.expand(*loc.shape, 1)
+    deviation = array(factors.reshape(-1, regions))
+    found = loc.new_empty(*loc.shape[:-1], 3)
+    pairs = [means, found.view(-1, regions, 3).numpy()]
+    if len(means) == 1:  # each pair has a cell of its own
+        in_blocks(
+            moments, [], [*((end, 0) for end in ends), *((part, 1) for part in (deviation, *pairs))], regions
+        )
+    elif len(deviation) == 1:
+        in_blocks(moments, [*ends, deviation], [(part, 0) for part in pairs], means.size)
+    else:
+        in_blocks(moments, ends, [(part, 0) for part in (deviation, *pairs)], means.size)
+    return found.movedim(-1, 0)
+
+
 @log_mass.register
 @torch.no_grad()
 def _log_mass(cells: Intervals, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    return _map_pairs(cells, loc, scale_tril, 3, _pair_moments)[0]
+    return _all_moments(cells, loc, scale_tril)[0]
 
 
 @moments.register
 @torch.no_grad()
 def _moments(cells: Intervals, loc: Tensor, scale_tril: Tensor) -> Moments:
-    log_masses, mean, variance = _map_pairs(cells, loc, scale_tril, 3, _pair_moments)
+    log_masses, mean, variance = _all_moments(cells, loc, scale_tril)
     return Moments(log_masses, mean.unsqueeze(-1), variance[..., None, None])
 
 

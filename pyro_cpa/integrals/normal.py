@@ -18,7 +18,10 @@ from numpy.polynomial import legendre
 from torch import Tensor
 
 __all__ = [
+    "DEPTH",
     "HALF_LOG_2PI",
+    "NODES",
+    "SHORT",
     "at_a_time",
     "gauss_legendre",
     "mills_moments",
@@ -29,8 +32,9 @@ __all__ = [
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
-_SHORT = 3.0  # an interval over which the log-density falls by less than this is integrated by quadrature
-_NODES = 10  # Gauss-Legendre nodes that do so to full precision
+SHORT = 3.0  # an interval over which the log-density falls by less than this is integrated by quadrature
+DEPTH = 24  # levels of the continued fraction of a tail beyond 4
+NODES = 10  # Gauss-Legendre nodes that do so to full precision
 
 
 def at_a_time(count: int, device: torch.device) -> int:
@@ -58,9 +62,8 @@ def mills_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     first = 1.0 - near * zeroth
     second = zeroth - near * first
 
-    depth = 24
-    ratio = 2.0 * depth / (x + torch.sqrt(x * x + 4.0 * depth))
-    for level in range(depth - 1, 2, -1):
+    ratio = 2.0 * DEPTH / (x + torch.sqrt(x * x + 4.0 * DEPTH))
+    for level in range(DEPTH - 1, 2, -1):
         ratio.add_(x).reciprocal_().mul_(level)
     ratio_2 = 2.0 / (x + ratio)
     ratio_1 = 1.0 / (x + ratio_2)
@@ -81,7 +84,7 @@ def _by_kind(
     """Applies to each interval the function for its kind (short, beyond the mean, around it): (K, ...)."""
     arguments = [argument.reshape(-1) for argument in (near, width, level) if argument is not None]
     start = near.reshape(-1).clamp(min=0.0)
-    short = width.reshape(-1) * (start + 0.5 * width.reshape(-1)) <= _SHORT
+    short = width.reshape(-1) * (start + 0.5 * width.reshape(-1)) <= SHORT
     beyond = near.reshape(-1) >= 0.0
     result = near.new_empty(3 if level is None else 1, start.shape[0])
     for chosen, function in zip((short, ~short & beyond, ~short & ~beyond), functions, strict=True):
@@ -112,7 +115,7 @@ def _short_integrals(near: Tensor, width: Tensor) -> list[Tensor]:
     r"""``\int_0^1 x^k exp(-near w x - (w x)^2 / 2) dx`` for k = 0, 1, 2, for a short interval of width w."""
     slope, curvature = -near * width, -0.5 * width * width
     sums = [torch.zeros_like(slope) for _ in range(3)]
-    for node, weight in gauss_legendre(_NODES):
+    for node, weight in gauss_legendre(NODES):
         x = 0.5 * (1.0 + node)
         term = torch.mul(slope, x).add_(curvature, alpha=x * x).exp_()
         for power, total in enumerate(sums):

@@ -7,15 +7,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
+from pyro_cpa.integrals.compiled import array, in_blocks, runs_compiled
+from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, moments_where, sample
 from pyro_cpa.integrals.normal import HALF_LOG_2PI, at_a_time
 from pyro_cpa.integrals.polygon_frame import Edges, sight, slicing_frame, whiten
 from pyro_cpa.integrals.polygon_sample import draw_points
 from pyro_cpa.integrals.polygon_slices import cut, integrate
-from pyro_cpa.partition.cells import Polygons
+from pyro_cpa.partition.cells import Cells, Polygons
 
 __all__ = ["map_pairs"]
 
@@ -105,23 +107,75 @@ def _pair_bound(edges: Edges, loc: Tensor) -> Tensor:
     return -0.5 * sight(edges, loc).distance.square().unsqueeze(0)
 
 
+def _compiled(
+    name: str, cells: Polygons, loc: Tensor, scale_tril: Tensor, *pairwise: np.ndarray, out: np.ndarray
+) -> None:
+    """Runs a kernel of ``polygon_compiled`` on all pairs, into ``out`` (..., R, K)."""
+    from pyro_cpa.integrals import polygon_compiled
+
+    regions = loc.shape[-2]
+    shape = [array(field) for field in (cells.normals, cells.offsets, cells.starts, cells.ends)]
+    means = array(loc.reshape(-1, regions, 2))
+    factors = scale_tril if scale_tril.dim() == 3 else scale_tril.expand(*loc.shape, 2)
+    tril = array(factors.reshape(-1, regions, 2, 2))
+    pairs = [(part.reshape(-1, regions, *part.shape[loc.dim() - 1 :]), 0) for part in (*pairwise, out)]
+    kernel = getattr(polygon_compiled, name)
+    work = means.shape[0] * regions
+    if means.shape[0] == 1:  # each pair has a cell of its own
+        by_region = [(field, 0) for field in shape] + [
+            (part, 1) for part in (tril, means, *(p for p, _ in pairs))
+        ]
+        in_blocks(kernel, [], by_region, work)
+    elif tril.shape[0] == 1:
+        in_blocks(kernel, [*shape, tril], [(means, 0), *pairs], work)
+    else:
+        in_blocks(kernel, shape, [(tril, 0), (means, 0), *pairs], work)
+
+
+def _all_moments(cells: Polygons, loc: Tensor, scale_tril: Tensor, kept: Tensor | None = None) -> Tensor:
+    """(6, ..., R): log-mass, mean, covariance (xx, xy, yy)."""
+    if not runs_compiled(loc):
+        return map_pairs(cells, loc, scale_tril, 6, _pair_moments)
+    result = loc.new_zeros(*loc.shape[:-1], 6)
+    result[..., 0] = -torch.inf
+    wanted = np.ones(loc.shape[:-1], bool) if kept is None else array(kept)
+    _compiled("moments", cells, loc, scale_tril, wanted, out=result.numpy())
+    return result.movedim(-1, 0)
+
+
+def _named(values: Tensor) -> Moments:
+    log_masses, x, y, xx, xy, yy = values
+    covariance = torch.stack([xx, xy, xy, yy], dim=-1).unflatten(-1, (2, 2))
+    return Moments(log_masses, torch.stack([x, y], dim=-1), covariance)
+
+
 @log_mass.register
 @torch.no_grad()
 def _log_mass(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    return map_pairs(cells, loc, scale_tril, 6, _pair_moments)[0]
+    return _all_moments(cells, loc, scale_tril)[0]
 
 
 @moments.register
 @torch.no_grad()
 def _moments(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Moments:
-    log_masses, x, y, xx, xy, yy = map_pairs(cells, loc, scale_tril, 6, _pair_moments)
-    covariance = torch.stack([xx, xy, xy, yy], dim=-1).reshape(*loc.shape, 2)
-    return Moments(log_masses, torch.stack([x, y], dim=-1), covariance)
+    return _named(_all_moments(cells, loc, scale_tril))
+
+
+@moments_where.register
+@torch.no_grad()
+def _moments_where(cells: Polygons, loc: Tensor, scale_tril: Tensor, kept: Tensor) -> Moments:
+    if runs_compiled(loc):
+        return _named(_all_moments(cells, loc, scale_tril, kept))
+    return moments_where.dispatch(Cells)(cells, loc, scale_tril, kept)
 
 
 @log_mass_bound.register
 @torch.no_grad()
 def _log_mass_bound(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    if runs_compiled(loc):
+        result = loc.new_empty(loc.shape[:-1])
+        _compiled("bounds", cells, loc, scale_tril, out=result.numpy())
+        return result
     return map_pairs(cells, loc, scale_tril, 1, _pair_bound)[0]
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pyro_cpa.partition.cells import Polygons
 
-__all__ = ["WINDOW", "Edges", "Frame", "Sight", "sight", "slicing_frame", "whiten"]
+__all__ = ["STEEP", "THIN", "WINDOW", "Edges", "Frame", "Sight", "sight", "slicing_frame", "whiten"]
 
 WINDOW = 8.2  # beyond this distance from the nearest point lies less than 1e-14 of a cell's mass
-_THIN = 0.3  # a cell thinner than this share of the density's scale is sliced across its long edge
-_STEEP = 1e-15  # an edge this close to the slicing direction is parallel to it but for rounding
+THIN = 0.3  # a cell thinner than this share of the density's scale is sliced across its long edge
+STEEP = 1e-15  # an edge this close to the slicing direction is parallel to it but for rounding
 
 
 class Edges(NamedTuple):
@@ -170,7 +170,7 @@ def _longest(edges: Edges, view: Sight) -> tuple[Tensor, Tensor]:
     closing = -(edges.ux * _pick(edges.ux, at) + edges.uy * _pick(edges.uy, at))
     away = (closing <= 0.0).to(closing.dtype) * 1e300  # edges that do not close in
     chord = (gap / F.threshold(closing, 0.0, 1.0)).add_(away).add_(edges.padding).amin(dim=0)
-    return at, (length > 0.0) & (chord * view.distance.clamp(min=1.0) < _THIN)
+    return at, (length > 0.0) & (chord * view.distance.clamp(min=1.0) < THIN)
 
 
 def slicing_frame(edges: Edges, view: Sight) -> Frame:
@@ -208,7 +208,7 @@ def slicing_frame(edges: Edges, view: Sight) -> Frame:
 
     p, q = turning * (edges.shrink / stretch), edges.ux * -ux - edges.uy * uy
     along = cos * p + sin * q
-    across = F.hardshrink(cos * q - sin * p, _STEEP)
+    across = F.hardshrink(cos * q - sin * p, STEEP)
     ex, ey = -cos * uy - sin * ux, cos * ux - sin * uy
     fy = ey / edges.c22
     fx = (ex - edges.c21 * fy) / edges.c11
@@ -222,7 +222,7 @@ def slicing_frame(edges: Edges, view: Sight) -> Frame:
         s0=s0,
         slack=slack,
         along=along,
-        across=across + (across == 0.0).to(across.dtype) * _STEEP,
+        across=across + (across == 0.0).to(across.dtype) * STEEP,
         tau_first=first,
         tau_last=last,
         zx=zx,

@@ -23,10 +23,11 @@ from torch import Tensor
 from pyro_cpa.integrals.normal import at_a_time, gauss_legendre
 from pyro_cpa.integrals.polygon_frame import WINDOW, Frame
 
-__all__ = ["Panels", "by_width", "cut", "integrate"]
+__all__ = ["DECAY", "SHORT", "SMOOTH", "SPREAD", "Panels", "by_width", "cut", "integrate"]
 
-_DECAY, _SPREAD = 26.0, 6.0  # 16 nodes integrate exp(-x) over so many units, or exp(-x^2/2), to 1e-12
-_SHORT = 0.17  # share of those units that 8 nodes do as well
+DECAY, SPREAD = 26.0, 6.0  # 16 nodes integrate exp(-x) over so many units, or exp(-x^2/2), to 1e-12
+SHORT = 0.17  # share of those units that 8 nodes do as well
+SMOOTH = 0.7  # 6 nodes integrate exp(-b x - x^2/2) to rounding over |x| < w if max(b, 2 w) w is no larger
 _BLOCK = 32768  # nodes per thread worked on at a time: what a processor's cache holds
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
@@ -119,7 +120,7 @@ def cut(frame: Frame) -> Panels:
 
     slope = center_rate.abs() + radius_rate.abs()
     decay = 2.0 * half * frame.t0.index_select(0, pair) + 2.0 * slope * frame.s0.index_select(0, pair).abs()
-    size = decay / _DECAY + 2.0 * torch.maximum(half, slope) / _SPREAD
+    size = decay / DECAY + 2.0 * torch.maximum(half, slope) / SPREAD
     return _split(Panels(pair, middle, half, center, center_rate, radius, radius_rate, size))
 
 
@@ -154,7 +155,7 @@ def integrate(frame: Frame, panels: Panels) -> Tensor:
     The density is ``exp(-t0 tau - tau^2/2 - s0 eta - eta^2/2)``.
     """
     result = frame.t0.new_empty(6, panels.pair.shape[0])
-    few = panels.size <= _SHORT
+    few = panels.size <= SHORT
     block = at_a_time(_BLOCK, result.device)
     for chosen, slices in by_width(frame, panels):
         for nodes, sized in ((8, few), (16, ~few)):
@@ -171,7 +172,7 @@ def by_width(frame: Frame, panels: Panels) -> Iterator[tuple[Tensor, Callable[..
     widest = panels.radius + panels.radius_rate.abs()
     change = widest * torch.maximum((s0 + panels.center).abs() + panels.center_rate.abs(), 2.0 * widest)
     # Between close ends the difference of two error functions would lose digits.
-    smooth, thin = change <= 0.7, s0 != 0.0
+    smooth, thin = change <= SMOOTH, s0 != 0.0
     yield smooth, partial(_narrow_slices, nodes=6)
     yield ~smooth & thin, partial(_narrow_slices, nodes=12)
     yield ~smooth & ~thin, _wide_slices

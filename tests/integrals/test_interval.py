@@ -11,11 +11,19 @@ import pytest
 import scipy.stats
 import torch
 
-from pyro_cpa.integrals import log_mass, log_mass_bound, moments, sample
+from pyro_cpa.integrals import compiled, log_mass, log_mass_bound, moments, sample
 from pyro_cpa.integrals.normal import truncated_quantile
 from pyro_cpa.partition.cells import Intervals
 
 INF = math.inf
+
+
+@pytest.fixture(autouse=True, params=["compiled", "tensors"])
+def kind(request, monkeypatch):
+    """Both ways through the integrals."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    monkeypatch.setattr(compiled, "_INSTALLED", request.param == "compiled")
 
 
 def tensors(*columns):

@@ -12,8 +12,17 @@ import scipy.stats
 import torch
 from polygon_cases import arrangement, box, from_vertices, moved, polygons, regular
 
-from pyro_cpa.integrals import log_mass, log_mass_bound, moments, polygon, sample
+from pyro_cpa.integrals import compiled, log_mass, log_mass_bound, moments, moments_where, polygon, sample
 from pyro_cpa.partition.cells import Polygons
+
+
+@pytest.fixture(autouse=True, params=["compiled", "tensors"])
+def kind(request, monkeypatch):
+    """Both ways through the integrals."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    monkeypatch.setattr(compiled, "_INSTALLED", request.param == "compiled")
+
 
 RIGHT, DOWN, UP, LEFT = (1.0, 0.0), (0.0, -1.0), (0.0, 1.0), (-1.0, 0.0)
 EYE = [[1.0, 0.0], [0.0, 1.0]]
@@ -223,6 +232,35 @@ def test_chunks_do_not_matter(monkeypatch):
     monkeypatch.setattr(polygon, "_CHUNK", 7)
     for a, b in zip(whole, moments(cells, loc, scale), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+def test_only_the_wanted_pairs():
+    cells = polygons(arrangement(lines=6, seed=2))
+    loc, scale = torch.randn(4, len(cells), 2), 0.5 * torch.eye(2).expand(len(cells), 2, 2)
+    kept = torch.rand(4, len(cells)) < 0.5
+    for tril in (scale, scale.expand(4, len(cells), 2, 2)):
+        every, some = moments(cells, loc, tril), moments_where(cells, loc, tril, kept)
+        for a, b in zip(every, some, strict=True):
+            torch.testing.assert_close(a[kept], b[kept], rtol=1e-13, atol=1e-14)
+        assert (some.log_mass[~kept] == -math.inf).all() and (some.mean[~kept] == 0).all()
+
+
+def test_threads_do_not_matter(monkeypatch):
+    cells = polygons(arrangement(lines=8, seed=1))
+    loc, scale = torch.randn(7, len(cells), 2), 0.3 * torch.eye(2).expand(len(cells), 2, 2)
+    index = torch.arange(len(cells)).repeat(7)
+    threads = torch.get_num_threads()
+    for arguments in ((cells, loc, scale), (cells[index], loc.reshape(-1, 2), scale[index])):
+        torch.set_num_threads(1)
+        one = moments(*arguments)
+        try:
+            torch.set_num_threads(3)
+            monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
+            three = moments(*arguments)
+        finally:
+            torch.set_num_threads(threads)
+        for a, b in zip(one, three, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
 
 
 def test_bound_is_a_bound():
