@@ -3,14 +3,15 @@
 """The geometry of a decoder: which regions it has, and the affine map on each. No probability here."""
 
 from .cells import Cells, Intervals, Polygons, Polytopes, WholeSpace
-from .modules import Abs
 from .network import Network
 from .regions import Partition, enumerate_regions
+from .units import Abs, Maxout
 
 __all__ = [
     "Abs",
     "Cells",
     "Intervals",
+    "Maxout",
     "Network",
     "Partition",
     "Polygons",

@@ -1,26 +1,95 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-r"""The two kinds of layer of a piecewise-affine network, as float64 tensors, and how maps pass through them.
+r"""The kinds of layer of a piecewise-affine network, as float64 tensors, and how maps pass through them.
 
 On a region every unit of every activation stays on one segment, so that the network is affine there. Its
 map is carried as the images of L + 1 homogeneous points of the latent space: the directions :math:`(e_l, 0)`,
 whose images are the columns of A, and the origin :math:`(0, 1)`, whose image is b. Points are pushed by the
-same code.
+same code. Whatever its shape in the decoder, a value is a flat row of H numbers here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["Dense", "Elementwise", "Layer", "homogeneous_basis", "pull", "push", "push_magnitude"]
+__all__ = ["Dense", "Elementwise", "Gather", "Layer", "Maximum", "Sum"]
+
+
+class Layer(ABC):
+    """A layer of one or more inputs, affine in all of them once every unit is on a segment."""
+
+    @property
+    def switches(self) -> bool:
+        """Whether there are units, that is, whether the layer has a pattern."""
+        return False
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that it holds."""
+        found = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            found += [t for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor)]
+        return found
+
+    def detach(self) -> Any:
+        """A copy that changes to the decoder's parameters do not reach."""
+        new = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            many = isinstance(value, tuple)
+            if all(isinstance(t, Tensor) for t in (value if many else (value,))):
+                new[field.name] = tuple(map(_copy, value)) if many else _copy(value)
+        return replace(self, **new)  # type: ignore[type-var]
+
+    @abstractmethod
+    def push(self, inputs: Sequence[Tensor], constant: Tensor, pattern: Tensor | None) -> Tensor:
+        """Images of homogeneous points.
+
+        Args:
+            inputs: (R, J, H) for each input J points or directions a region; R may be 1.
+            constant: (J,) 1 for points, 0 for directions.
+            pattern: (R, H) int8 segments; None without units.
+
+        Returns:
+            (R, J, H_out); the first dimension stays 1 where no pattern came in.
+        """
+
+    @abstractmethod
+    def push_magnitude(
+        self, magnitudes: Sequence[Tensor], inputs: Sequence[Tensor], pattern: Tensor | None
+    ) -> Tensor:
+        """Sums (R, 2, H_out) of absolute values of all that was added up; see :meth:`Graph.push_magnitude`."""
+
+    @abstractmethod
+    def pull(self, jacobian: Tensor, pattern: Tensor | None) -> Sequence[Tensor | None]:
+        """Derivative (R, D, H) in each input, None for zero, from ``jacobian`` (R, D, H_out) in the output."""
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # Tables of indices never change.
+    return tensor.detach().clone() if tensor.is_floating_point() else tensor
+
+
+def sizes(rows: Tensor) -> Tensor:
+    """Absolute values (R, 2, H) of the maps (R, L + 1, H): of the slopes, summed, and of the offsets."""
+    size = rows.abs()
+    return torch.stack([size[:, :-1].sum(1), size[:, -1]], dim=1)
+
+
+def constant_row(like: Tensor) -> Tensor:
+    """(2, 1) what of a constant is slope, and what is offset."""
+    return torch.tensor([[0.0], [1.0]], dtype=like.dtype, device=like.device)
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Layer):
     """The affine map h -> W h + v.
 
     Args:
@@ -31,28 +100,21 @@ class Dense:
     weight: Tensor
     bias: Tensor
 
-    @property
-    def switches(self) -> bool:
-        return False
+    def push(self, inputs: Sequence[Tensor], constant: Tensor, pattern: Tensor | None) -> Tensor:
+        return inputs[0] @ self.weight.mT + constant[:, None] * self.bias
 
-    def detach(self) -> Dense:
-        return Dense(self.weight.detach().clone(), self.bias.detach().clone())
+    def push_magnitude(
+        self, magnitudes: Sequence[Tensor], inputs: Sequence[Tensor], pattern: Tensor | None
+    ) -> Tensor:
+        total = (magnitudes[0] + sizes(inputs[0])) @ self.weight.abs().mT
+        return total + constant_row(total) * self.bias.abs()
 
-    def push(self, rows: Tensor, constant: Tensor, pattern: Tensor | None) -> Tensor:
-        return rows @ self.weight.mT + constant[:, None] * self.bias
-
-    def push_magnitude(self, magnitude: Tensor, rows: Tensor, pattern: Tensor | None) -> Tensor:
-        size = rows.abs()
-        size = torch.stack([size[:, :-1].sum(1), size[:, -1]], dim=1)
-        constant = torch.tensor([[0.0], [1.0]], dtype=rows.dtype, device=rows.device)
-        return (magnitude + size) @ self.weight.abs().mT + constant * self.bias.abs()
-
-    def pull(self, jacobian: Tensor, pattern: Tensor | None) -> Tensor:
-        return jacobian @ self.weight
+    def pull(self, jacobian: Tensor, pattern: Tensor | None) -> Sequence[Tensor | None]:
+        return (jacobian @ self.weight,)
 
 
 @dataclass(frozen=True)
-class Elementwise:
+class Elementwise(Layer):
     """One continuous piecewise-linear function per unit; segment k runs from knot k-1 to knot k.
 
     Args:
@@ -74,9 +136,6 @@ class Elementwise:
         """(K, H) or (K, 1): True where the slope changes at the knot; elsewhere the knot is no wall."""
         return self.slopes[1:] != self.slopes[:-1]
 
-    def detach(self) -> Elementwise:
-        return Elementwise(*(t.detach().clone() for t in (self.knots, self.slopes, self.intercepts)))
-
     def segments(self, values: Tensor) -> Tensor:
         """Segment (int8) on which each of ``values`` (R, H) lies."""
         pattern = torch.zeros(values.shape, dtype=torch.int8, device=values.device)
@@ -92,75 +151,100 @@ class Elementwise:
                 found = torch.where(pattern >= k, table[k], found)
         return found[:, None]
 
-    def push(self, rows: Tensor, constant: Tensor, pattern: Tensor | None) -> Tensor:
-        return rows * self._on(self.slopes, pattern) + constant[:, None] * self._on(self.intercepts, pattern)
+    def push(self, inputs: Sequence[Tensor], constant: Tensor, pattern: Tensor | None) -> Tensor:
+        slopes, intercepts = self._on(self.slopes, pattern), self._on(self.intercepts, pattern)
+        return inputs[0] * slopes + constant[:, None] * intercepts
 
-    def push_magnitude(self, magnitude: Tensor, rows: Tensor, pattern: Tensor | None) -> Tensor:
-        constant = torch.tensor([[0.0], [1.0]], dtype=rows.dtype, device=rows.device)
+    def push_magnitude(
+        self, magnitudes: Sequence[Tensor], inputs: Sequence[Tensor], pattern: Tensor | None
+    ) -> Tensor:
+        total = magnitudes[0] * self._on(self.slopes, pattern).abs()
+        return total + constant_row(total) * self._on(self.intercepts, pattern).abs()
+
+    def pull(self, jacobian: Tensor, pattern: Tensor | None) -> Sequence[Tensor | None]:
+        return (jacobian * self._on(self.slopes, pattern),)
+
+
+@dataclass(frozen=True)
+class Maximum(Elementwise):
+    r"""The greater of a and b, from the inputs (d, a, b), where the units are those of d = a - b.
+
+    As a hinge it is :math:`\max(a, b) = b + \mathrm{relu}(a - b)`; taking a or b itself loses no digits.
+    With d = b - a it is the lesser of the two.
+    """
+
+    def push(self, inputs: Sequence[Tensor], constant: Tensor, pattern: Tensor | None) -> Tensor:
+        return self._choose(inputs, pattern)
+
+    def push_magnitude(
+        self, magnitudes: Sequence[Tensor], inputs: Sequence[Tensor], pattern: Tensor | None
+    ) -> Tensor:
+        return self._choose(magnitudes, pattern)
+
+    def pull(self, jacobian: Tensor, pattern: Tensor | None) -> Sequence[Tensor | None]:
+        zero = torch.zeros_like(jacobian)
         return (
-            magnitude * self._on(self.slopes, pattern).abs()
-            + constant * self._on(self.intercepts, pattern).abs()
+            None,
+            self._choose((zero, jacobian, zero), pattern),
+            self._choose((zero, zero, jacobian), pattern),
         )
 
-    def pull(self, jacobian: Tensor, pattern: Tensor | None) -> Tensor:
-        return jacobian * self._on(self.slopes, pattern)
+    def _choose(self, triple: Sequence[Tensor], pattern: Tensor | None) -> Tensor:
+        _, a, b = triple
+        return a if pattern is None else torch.where((pattern > 0)[:, None], a, b)
 
 
-Layer = Dense | Elementwise
-
-
-def _with_patterns(
-    layers: Sequence[Layer], patterns: Sequence[Tensor]
-) -> Iterator[tuple[Layer, Tensor | None]]:
-    """Each layer with its pattern; only layers with knots have one."""
-    remaining = iter(patterns)
-    for layer in layers:
-        yield layer, next(remaining) if layer.switches else None
-
-
-def homogeneous_basis(dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions and origin of R^dim: rows (1, dim + 1, dim) and their homogeneous coordinate (dim + 1,)."""
-    eye = torch.eye(dim + 1, dtype=like.dtype, device=like.device)
-    return eye[None, :, :-1], eye[:, -1]
-
-
-def push(layers: Sequence[Layer], patterns: Sequence[Tensor], rows: Tensor, constant: Tensor) -> Tensor:
-    """Images of homogeneous points under the affine piece of each region.
+@dataclass(frozen=True)
+class Sum(Layer):
+    """a + c b.
 
     Args:
-        layers: the layers to pass, in order.
-        patterns: (R, H) int8 segments, one tensor for each of the layers with knots.
-        rows: (R, J, L) J points or directions a region; R may be 1.
-        constant: (J,) 1 for points, 0 for directions.
-
-    Returns:
-        (R, J, H) images; the first dimension stays 1 if no layer has knots.
+        factor: the number c.
     """
-    for layer, pattern in _with_patterns(layers, patterns):
-        rows = layer.push(rows, constant, pattern)
-    return rows
+
+    factor: float = 1.0
+
+    def push(self, inputs: Sequence[Tensor], constant: Tensor, pattern: Tensor | None) -> Tensor:
+        return torch.add(inputs[0], inputs[1], alpha=self.factor)
+
+    def push_magnitude(
+        self, magnitudes: Sequence[Tensor], inputs: Sequence[Tensor], pattern: Tensor | None
+    ) -> Tensor:
+        a, b = (m + sizes(rows) for m, rows in zip(magnitudes, inputs, strict=True))
+        return torch.add(a, b, alpha=abs(self.factor))
+
+    def pull(self, jacobian: Tensor, pattern: Tensor | None) -> Sequence[Tensor | None]:
+        return jacobian, self.factor * jacobian
 
 
-def push_magnitude(
-    layers: Sequence[Layer], patterns: Sequence[Tensor], rows: Tensor, constant: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The map of each region (R, L + 1, H) and, in units of the rounding error, a bound on its own error.
+@dataclass(frozen=True)
+class Gather(Layer):
+    """Entries of all inputs laid end to end: what concatenation, permutation, padding and copying come to.
 
-    Returns:
-        maps: (R, L + 1, H), as by :func:`push`.
-        magnitude: (R, 2, H): sums of absolute values of all that was added up to give the slopes (first
-            row, as a Euclidean norm) and the offset (second row) of each unit.
+    Args:
+        widths: numbers of entries of the inputs.
+        index: (H_out,) which entry each output is, 0 for the first; one past the last stands for zero.
+            None where the outputs are the inputs end to end.
     """
-    magnitude = torch.zeros_like(rows[:, :2])
-    for layer, pattern in _with_patterns(layers, patterns):
-        magnitude = layer.push_magnitude(magnitude, rows, pattern)
-        rows = layer.push(rows, constant, pattern)
-    return rows, magnitude
 
+    widths: tuple[int, ...]
+    index: Tensor | None
 
-def pull(layers: Sequence[Layer], patterns: Sequence[Tensor], jacobian: Tensor) -> Tensor:
-    """Derivative (R, D, H) of the outputs in the input of the first of ``layers``, from ``jacobian`` (R,
-    D, H_out)."""
-    for layer, pattern in reversed(list(_with_patterns(layers, patterns))):
-        jacobian = layer.pull(jacobian, pattern)
-    return jacobian
+    def push(self, inputs: Sequence[Tensor], constant: Tensor, pattern: Tensor | None) -> Tensor:
+        return self._gather(inputs)
+
+    def push_magnitude(
+        self, magnitudes: Sequence[Tensor], inputs: Sequence[Tensor], pattern: Tensor | None
+    ) -> Tensor:
+        return self._gather(magnitudes)
+
+    def _gather(self, inputs: Sequence[Tensor]) -> Tensor:
+        R = max(rows.shape[0] for rows in inputs)
+        rows = inputs[0] if len(inputs) == 1 else torch.cat([t.expand(R, -1, -1) for t in inputs], dim=-1)
+        return rows if self.index is None else pad(rows, (0, 1)).index_select(-1, self.index)
+
+    def pull(self, jacobian: Tensor, pattern: Tensor | None) -> Sequence[Tensor | None]:
+        if self.index is not None:
+            zero = jacobian.new_zeros(*jacobian.shape[:-1], sum(self.widths) + 1)
+            jacobian = zero.index_add(-1, self.index, jacobian)[..., :-1]
+        return jacobian.split(self.widths, dim=-1)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import InvalidData, RegionBudgetExceeded
 from .arrangement import Arrangement, Line
-from .layers import Dense, Elementwise, Layer, homogeneous_basis, push, push_magnitude
+from .graph import Graph, homogeneous_basis
+from .layers import Elementwise, Layer
 from .network import Network
 from .plane import Plane
 from .walls import Walls, crossing_walls
@@ -35,10 +36,12 @@ def cut_layer_by_layer(
     like = torch.empty(0, dtype=torch.float64, device=network.device)
     arrangement: Arrangement = Line(like) if L == 1 else Plane(like, L)
     patterns: list[Tensor] = []
+    graph = network.graph
     for index, layer in enumerate(layers):
         if isinstance(layer, Elementwise) and layer.switches:
-            place, before = network.places[index], layers[:index]
-            walls = _crossing(arrangement, before, patterns, layer, like, place)
+            # The units' inputs are affine on every cell so far.
+            value, place = graph.inputs[index][0], network.places[index]
+            walls = _crossing(arrangement, graph, layers, patterns, value, layer, like, place)
 
             def check(count: int, place: str = place) -> None:
                 if count > max_regions:
@@ -49,26 +52,32 @@ def cut_layer_by_layer(
 
             parents = arrangement.cut(walls, check)
             patterns = [pattern[parents] for pattern in patterns]
-            patterns.append(_segments(arrangement, before, patterns, layer, like))
+            patterns.append(_segments(arrangement, graph, layers, patterns, value, layer, like))
     return arrangement, tuple(patterns)
 
 
 def _crossing(
     arrangement: Arrangement,
-    before: Sequence[Layer],
+    graph: Graph,
+    layers: Sequence[Layer],
     patterns: Sequence[Tensor],
+    value: int,
     layer: Elementwise,
     like: Tensor,
     place: str,
 ) -> Walls:
-    """The walls of ``layer`` that cross cells."""
+    """The walls of ``layer``, whose units take ``value``, that cross cells."""
     basis = homogeneous_basis(arrangement.cells.dim, like)
     generators = arrangement.cells.generators().to(like.device)
     walls = []
-    for rows in _chunks(len(generators), generators.shape[1], before):
-        maps, magnitude = push_magnitude(before, [pattern[rows] for pattern in patterns], *basis)
+    for rows in _chunks(len(generators), generators.shape[1], graph.numbers(value)):
+        chunk = [pattern[rows] for pattern in patterns]
+        maps, magnitude = graph.push_magnitude(layers, chunk, *basis, value)
         if not bool(torch.isfinite(maps).all()):
             raise InvalidData(f"{place}: its input overflows float64. Scale the weights of the decoder down.")
+        # A branch without units yet has one map for all cells.
+        count = rows.stop - rows.start
+        maps, magnitude = maps.expand(count, -1, -1), magnitude.expand(count, -1, -1)
         found = crossing_walls(generators[rows], maps, magnitude, layer)
         walls.append(found.of(found.cell + rows.start))
     return Walls.cat(walls)
@@ -76,8 +85,10 @@ def _crossing(
 
 def _segments(
     arrangement: Arrangement,
-    before: Sequence[Layer],
+    graph: Graph,
+    layers: Sequence[Layer],
     patterns: Sequence[Tensor],
+    value: int,
     layer: Elementwise,
     like: Tensor,
 ) -> Tensor:
@@ -85,15 +96,15 @@ def _segments(
     points = arrangement.cells.interior_points().to(like.device)[:, None]
     one = like.new_ones(1)
     segments = []
-    for rows in _chunks(len(points), 1, before):
-        values = push(before, [pattern[rows] for pattern in patterns], points[rows], one)
+    for rows in _chunks(len(points), 1, graph.numbers(value)):
+        chunk = [pattern[rows] for pattern in patterns]
+        values = graph.push(layers, chunk, points[rows], one, value)
         segments.append(layer.segments(values[:, 0]))
     return torch.cat(segments)
 
 
-def _chunks(count: int, rows: int, layers: Sequence[Layer]) -> Iterator[slice]:
+def _chunks(count: int, rows: int, width: int) -> Iterator[slice]:
     """Slices of cells whose temporaries, ``rows`` numbers for every unit of a layer, stay small."""
-    width = max((layer.weight.shape[0] for layer in layers if isinstance(layer, Dense)), default=1)
     size = max(1, CHUNK_BYTES // (8 * width * (rows + 8)))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -1,114 +1,189 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-"""From a decoder to the chain of its modules: containers are opened, a ``forward`` of one's own is traced."""
+"""From a decoder to the list of its calls: containers are opened, a ``forward`` of one's own is traced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import Tensor, fx, nn
 
-from .modules import IDENTITIES, READERS, Abs, refuse
+from .calls import Call, Late, Line, Ref, leaves, mapped
+from .refusal import refuse
+from .tracing import Trace, trace
 
-__all__ = ["Link", "chain"]
+__all__ = ["method", "read"]
 
-_FUNCTIONS: dict[Callable[..., Any] | str, type[nn.Module]] = {
-    torch.abs: Abs,
-    torch.relu: nn.ReLU,
-    F.relu: nn.ReLU,
-    F.relu6: nn.ReLU6,
-    F.leaky_relu: nn.LeakyReLU,
-    F.hardtanh: nn.Hardtanh,
-    F.hardsigmoid: nn.Hardsigmoid,
-    "abs": Abs,
-    "relu": nn.ReLU,
-}
-"""Functions and tensor methods with the module that takes the same arguments."""
+_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
-@dataclass(frozen=True)
-class Link:
-    """One module of the chain: where it is, and the class whose reader understands it."""
+def read(
+    decoder: nn.Module,
+    known: Iterable[type[nn.Module]],
+    identities: Iterable[type[nn.Module]],
+    views: Iterable[Any],
+) -> tuple[list[Call], Ref]:
+    """The calls that a decoder makes, in order.
 
-    place: str
-    module: nn.Module
-    kind: type[nn.Module]
+    Args:
+        decoder: the module.
+        known: classes whose meaning is known, which are not looked into.
+        identities: classes that pass their input on unchanged in evaluation mode.
+        views: functions, methods and classes whose result may share memory with their input.
 
-    def __str__(self) -> str:
-        return f"{self.place}: {self.kind.__name__}"
-
-
-def chain(module: nn.Module, place: str) -> Iterator[Link]:
-    """The supported modules inside ``module``, in the order in which data pass them.
+    Returns:
+        The calls and the output. Calls that the output does not need are among them: not all are supported.
 
     Raises:
-        UnsupportedModule: at a module that is not understood, naming it and its place.
+        UnsupportedModule: a module cannot be read, or overwrites what is used again.
     """
-    name, forward = type(module).__name__, type(module).forward
-    kind = _inherits(module, READERS)
-    if module._forward_hooks or module._forward_pre_hooks:
-        reason = (
-            "a forward hook may change what it computes; remove the hook (weight and spectral norm: use "
-            "torch.nn.utils.parametrizations)"
+    reader = _Reader(tuple(known), tuple(identities))
+    output = reader.module(decoder, "decoder", (Ref(-1),), {}, None)
+    if not isinstance(output, Ref):
+        what = "a constant" if not any(isinstance(leaf, Ref) for leaf in leaves(output)) else "several values"
+        raise refuse(
+            "decoder", type(decoder).__name__, f"it must return one tensor that depends on z, not {what}"
         )
-        raise refuse(place, name, reason)
-    if kind is not None:
-        yield Link(place, module, kind)
-    elif _inherits(module, IDENTITIES):
-        if module.training and getattr(module, "p", 0) > 0:
-            raise refuse(place, name, "in training mode it is random; call decoder.eval()")
-    elif _inherits(module, (nn.Sequential,)):
-        for key, child in module._modules.items():  # named_children() would drop repeated modules
-            if child is not None:
-                yield from chain(child, f"{place}.{key}")
-    elif forward.__module__.startswith("torch.nn."):
-        raise refuse(place, name)
-    else:
-        yield from _traced(module, place)
+    _check_overwriting(reader.calls, output, frozenset(views))
+    return reader.calls, output
 
 
-def _inherits(module: nn.Module, classes: Sequence[type[nn.Module]] | dict[type[nn.Module], Any]) -> Any:
+class _Reader:
+    def __init__(self, known: Sequence[type[nn.Module]], identities: Sequence[type[nn.Module]]) -> None:
+        self.known, self.identities = known, identities
+        self.calls: list[Call] = []
+
+    def module(
+        self, module: nn.Module, place: str, args: tuple[Any, ...], kwargs: dict[str, Any], line: Line | None
+    ) -> Any:
+        """Put the calls inside ``module`` on the list; returns its output."""
+        name, forward = type(module).__name__, type(module).forward
+        if not any(isinstance(leaf, Ref) for leaf in leaves((args, kwargs))):
+            return Late(module, args, tuple(kwargs.items()))
+        if module._forward_hooks or module._forward_pre_hooks:
+            reason = (
+                "a forward hook may change what it computes; remove the hook (weight and spectral norm: use "
+                "torch.nn.utils.parametrizations)"
+            )
+            raise refuse(place, name, reason, line)
+        kind = _inherits(module, self.known)
+        if kind is None and _inherits(module, self.identities):
+            if module.training and getattr(module, "p", 0) > 0:
+                raise refuse(place, name, "in training mode it is random; call decoder.eval()", line)
+            return args[0]
+        if kind is None and _inherits(module, (nn.Sequential,)) and len(args) == 1 and not kwargs:
+            value = args[0]
+            for key, child in module._modules.items():  # named_children() would drop repeated modules
+                if child is not None:
+                    value = self.module(child, f"{place}.{key}", (value,), {}, line)
+            return value
+        if kind is None and not forward.__module__.startswith("torch.nn."):
+            return self._traced(module, place, args, kwargs, line)
+        return self._append(Call(place, (kind or type(module)).__name__, module, args, kwargs, kind, line))
+
+    def _append(self, call: Call) -> Ref:
+        self.calls.append(call)
+        return Ref(len(self.calls) - 1)
+
+    def _traced(
+        self, module: nn.Module, place: str, args: tuple[Any, ...], kwargs: dict[str, Any], line: Line | None
+    ) -> Any:
+        try:
+            found, given = trace(module, args, kwargs, lambda part: isinstance(part, Ref | Late | Tensor))
+        except ValueError as error:
+            reason = (
+                f"its forward cannot be traced ({error}); an exact decoder takes the same steps at every z: write "
+                "branches as torch.maximum, torch.abs or nn.ReLU"
+            )
+            raise refuse(place, type(module).__name__, reason, line) from error
+        parts = iter(given)
+        values: dict[fx.Node, Any] = {}
+        for node in found.nodes:
+            if node.op == "placeholder":
+                # Those with a star stand for arguments that were not given.
+                values[node] = None if str(node.target).startswith("*") else next(parts)
+            elif node.op == "output":
+                return mapped(lambda leaf: values.get(leaf, leaf), node.args[0])
+            else:
+                values[node] = self._node(module, place, node, found, values)
+        raise AssertionError("a trace ends with its output")
+
+    def _node(
+        self, module: nn.Module, place: str, node: fx.Node, found: Trace, values: dict[fx.Node, Any]
+    ) -> Any:
+        """The result of one step of a traced ``forward``."""
+        line, target = found.lines.get(node.name), node.target
+        args, kwargs = mapped(
+            lambda leaf: values[leaf] if isinstance(leaf, fx.Node) else leaf,
+            (tuple(node.args), dict(node.kwargs)),
+        )
+        if node.op == "get_attr":
+            constant = found.constants.get(node.name)
+            return Late(_attribute, (module, target)) if constant is None else constant
+        if node.op == "call_module":
+            child = module.get_submodule(str(target))
+            return self.module(child, f"{place}.{target}", args, kwargs, line)
+        if target is operator.getitem and not isinstance(args[0], Ref | Late | Tensor):
+            return operator.getitem(*args)
+        if not any(isinstance(leaf, Ref) for leaf in leaves((args, kwargs))):
+            function = target if callable(target) else functools.partial(method, target)
+            return Late(function, args, tuple(kwargs.items()))
+        name = str(target) if isinstance(target, str) else getattr(target, "__name__", str(target))
+        if name == "fn":  # functions of torch.nn.functional that choose between two others
+            name = node.name.rstrip("_0123456789")
+        return self._append(Call(f"{place}.forward", name, target, args, kwargs, None, line))
+
+
+def _inherits(module: nn.Module, classes: Sequence[type[nn.Module]]) -> type[nn.Module] | None:
     """The class in ``classes`` that ``module`` is of, unless its ``forward`` is another one."""
     found = [cls for cls in classes if isinstance(module, cls) and type(module).forward is cls.forward]
     # The most special one: nn.ReLU6 is an nn.Hardtanh.
     return max(found, key=lambda cls: len(cls.__mro__), default=None)
 
 
-class _OneLevel(fx.Tracer):
-    """Every module is a leaf: the recursion over modules is ours."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+def _attribute(module: nn.Module, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), module)
 
 
-def _traced(module: nn.Module, place: str) -> Iterator[Link]:
-    name = type(module).__name__
-    try:
-        nodes = list(_OneLevel().trace(module).nodes)
-    except Exception as error:  # whatever the user's own forward raises when it is given a symbol
-        first_line = str(error).partition("\n")[0]
-        raise refuse(place, name, f"its forward is not a fixed chain of modules ({first_line})") from error
-    current = nodes[0]
-    for node in nodes[1:]:
-        if node.op == "placeholder" and not node.users:
+def method(name: str, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The result of a method of ``tensor``."""
+    return getattr(tensor, name)(*args, **kwargs)
+
+
+def _overwrites(call: Call) -> bool:
+    if isinstance(call.target, nn.Module):
+        return bool(getattr(call.target, "inplace", False))
+    return call.target in _IN_PLACE or call.name.endswith("_") or bool(call.kwargs.get("inplace"))
+
+
+def _check_overwriting(calls: list[Call], output: Ref, views: frozenset[Any]) -> None:
+    """Refuse calls that change their input in place where it is used again: a list of calls has no memory."""
+    needed, users = {output.index}, {}
+    for index in reversed(range(len(calls))):
+        users[index] = calls[index].refs()
+        if index in needed:
+            needed.update(users[index])
+    # Values that may be the same memory: a view and what it is a view of.
+    owner = {-1: -1}
+    for index, call in enumerate(calls):
+        first = users[index][0]
+        same = (call.kind or call.target) in views or _overwrites(call)
+        owner[index] = owner[first] if same else index
+    for index, call in enumerate(calls):
+        if not _overwrites(call):
             continue
-        where = f"{place}.{node.target}" if node.op == "call_module" else place
-        label = getattr(node.target, "__name__", str(node.target))
-        if node.all_input_nodes != [current]:
-            reason = f"its forward is no chain in which each step takes the one before ({node.format_node()})"
-            raise refuse(place, name, reason)
-        current = node
-        if node.op == "output" and isinstance(node.args[0], fx.Node):
-            return
-        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            yield from chain(module.get_submodule(str(node.target)), where)
-        elif node.op in ("call_function", "call_method") and node.target in _FUNCTIONS:
-            kind = _FUNCTIONS[node.target]
-            yield Link(f"{place}.forward", kind(*node.args[1:], **node.kwargs), kind)
-        else:
-            raise refuse(f"{where}.forward", label)
-    raise refuse(place, name, "its forward returns nothing that depends on its input alone")
+        # What is made from the overwritten value itself sees the new one, as it does here.
+        after = {index}
+        later_uses = [(i, users[i]) for i in range(index + 1, len(calls)) if i in needed]
+        for later, used in [*later_uses, (len(calls), [output.index])]:
+            if any(owner[v] == owner[index] and v not in after for v in used):
+                reason = (
+                    "it overwrites a value that is used again later; use it without inplace=True, or h = h + x "
+                    "for h += x"
+                )
+                raise refuse(call.place, call.name, reason, call.line)
+            if owner.get(later) == owner[index]:
+                after.add(later)

@@ -8,15 +8,20 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import InvalidData
 from .arrangement import Arrangement
 from .cells import Cells, WholeSpace
-from .layers import Dense, Layer, homogeneous_basis, pull, push
+from .graph import homogeneous_basis
+from .layers import Dense, Layer
 from .layerwise import cut_layer_by_layer
 from .network import Network
 
 __all__ = ["Partition", "enumerate_regions"]
+
+MAP_BYTES = 2**28
+"""Temporaries of maps that are computed at once for several regions, those kept for a derivative included."""
 
 
 class Partition:
@@ -27,7 +32,7 @@ class Partition:
         g(z) = A_r z + b_r \quad \text{for } z \text{ in cell } r, \qquad A_r = W H_r, \; b_r = W h_r + v.
 
     Attributes:
-        network: the decoder as a chain of layers, bound to its live parameters.
+        network: the decoder as a network of layers, bound to its live parameters.
         cells: the R cells: :class:`WholeSpace` (R = 1), :class:`Intervals` (L = 1),
             :class:`Polygons` (L = 2) or :class:`Polytopes` (L > 2).
         patterns: for every activation layer the segment (R, H) int8 on which each unit is.
@@ -115,8 +120,10 @@ class Partition:
 
     @cached_property
     def _features(self) -> tuple[Tensor, Tensor]:
-        layers = self._layers
-        return self._maps(layers[:-1] if layers and isinstance(layers[-1], Dense) else layers)
+        with torch.no_grad():
+            last = self._layers[-1] if self._layers else None
+            graph = self.network.graph
+            return self._maps(self._layers, graph.inputs[-1][0] if isinstance(last, Dense) else graph.last)
 
     def locate(self, z: Tensor) -> Tensor:
         """Region of every point.
@@ -144,30 +151,50 @@ class Partition:
         Args:
             layers: ``network.layers()`` as read at an earlier time; by default they are read now.
         """
-        return self._maps(self.network.layers() if layers is None else layers)
+        return self._maps(self.network.layers() if layers is None else layers, self.network.graph.last)
 
     def linear_inputs(self, index: int) -> tuple[Tensor, Tensor]:
         """Slopes (R, H_in, L) and offsets (R, H_in) of the input of linear layer ``index``, at present values."""
         with torch.no_grad():
-            return self._maps(self.network.layers()[: self._position(index)])
+            position = self.network.linear_steps[index]
+            return self._maps(self.network.layers(), self.network.graph.inputs[position][0])
 
     def downstream(self, index: int) -> Tensor:
         """Derivative (R, D, H_out) of the output in that of linear layer ``index``, at present values."""
-        position = self._position(index) + 1
+        graph, value = self.network.graph, self.network.linear_steps[index] + 1
         with torch.no_grad():
             layers = self.network.layers()
             eye = torch.eye(self.data_dim, dtype=torch.float64, device=self.device)[None]
-            done = sum(layer.switches for layer in layers[:position])
-            return pull(layers[position:], self.patterns[done:], eye).expand(self.num_regions, -1, -1)
+            parts = []
+            for rows in self._chunks(self.data_dim * graph.numbers(graph.last)):
+                pulled = graph.pull(layers, [pattern[rows] for pattern in self.patterns], eye, value)
+                parts.append(pulled.expand(rows.stop - rows.start, -1, -1))
+            return torch.cat(parts)
 
-    def _position(self, index: int) -> int:
-        """Place in the chain of the linear layer ``index``."""
-        return [i for i, layer in enumerate(self._layers) if isinstance(layer, Dense)][index]
+    def _chunks(self, numbers: int) -> list[slice]:
+        """Slices of regions whose temporaries, ``numbers`` for each of them, fit ``MAP_BYTES``."""
+        size = max(1, MAP_BYTES // (8 * numbers))
+        return [slice(i, min(i + size, self.num_regions)) for i in range(0, self.num_regions, size)]
 
-    def _maps(self, layers: tuple[Layer, ...]) -> tuple[Tensor, Tensor]:
-        basis = torch.empty(0, dtype=torch.float64, device=self.device)
-        maps = push(layers, self.patterns, *homogeneous_basis(self.latent_dim, basis))
-        maps = maps.expand(self.num_regions, -1, -1)
+    def _maps(self, layers: tuple[Layer, ...], value: int) -> tuple[Tensor, Tensor]:
+        graph = self.network.graph
+        basis = homogeneous_basis(self.latent_dim, torch.empty(0, dtype=torch.float64, device=self.device))
+
+        def push(*patterns: Tensor) -> Tensor:
+            return graph.push(layers, patterns, *basis, value)
+
+        # Derivatives keep the maps of all values on the way, unless these are computed again chunk by chunk.
+        keeps = torch.is_grad_enabled()
+        chunks = self._chunks((self.latent_dim + 1) * graph.numbers(value, kept=keeps))
+        if len(chunks) == 1 or not graph.has_units(value):
+            maps = push(*self.patterns).expand(self.num_regions, -1, -1)
+        else:
+            parts = [tuple(pattern[rows] for pattern in self.patterns) for rows in chunks]
+            maps = torch.cat(
+                [checkpoint(push, *p, use_reentrant=False, preserve_rng_state=False) for p in parts]
+                if keeps
+                else [push(*p) for p in parts]
+            )
         return maps[:, :-1].mT, maps[:, -1]
 
 

@@ -30,8 +30,10 @@ from pyro_cpa.partition import Abs, Network, enumerate_regions
         (nn.Hardswish(), "piecewise quadratic; use nn.ReLU6"),
         (nn.Hardshrink(), "not continuous"),
         (nn.LayerNorm(4), "nn.BatchNorm1d in evaluation mode"),
-        (nn.Conv1d(4, 4, 1), "write it as nn.Linear"),
-        (nn.GLU(), "supported are Abs, BatchNorm1d, Dropout, Hardsigmoid"),
+        (nn.GroupNorm(2, 4), "nn.BatchNorm1d in evaluation mode"),
+        (nn.GLU(), "multiplies what depends on z"),
+        (nn.RReLU(), "use nn.LeakyReLU"),
+        (nn.CosineSimilarity(), "see pyro_cpa.partition.Network for what is"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -66,55 +68,236 @@ def test_batch_norm_without_running_statistics_is_refused():
     assert round_trip_error(decoder, enumerate_regions(decoder), far_and_near(2)) < 1e-12
 
 
-class Skip(nn.Module):
+class Layer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(2, 2)
-
-    def forward(self, z):
-        return z + torch.relu(self.layer(z))
+        self.layer, self.act = nn.Linear(2, 2), nn.ReLU()
 
 
-class Branching(Skip):
+class Branching(Layer):
     def forward(self, z):
         return self.layer(z) if z.sum() > 0 else z
 
 
-class TwoHeads(Skip):
+class TwoHeads(Layer):
     def forward(self, z):
         return self.layer(z), torch.relu(self.layer(z))
 
 
-class Swish(Skip):
+class Swish(Layer):
     def forward(self, z):
         return F.silu(self.layer(z))
 
 
-class Constant(Skip):
+class Gate(Layer):
+    def forward(self, z):
+        h = self.layer(z)
+        return h * torch.relu(h)
+
+
+class Attention(Layer):
+    def forward(self, z):
+        h = self.layer(z)[:, :, None]
+        return torch.matmul(h, h.mT)
+
+
+class Jump(Layer):
+    def forward(self, z):
+        return torch.where(self.layer(z) > 0, z, -z)
+
+
+class Inverse(Layer):
+    def forward(self, z):
+        return 1 / self.layer(z)
+
+
+class Constant(Layer):
     def forward(self, z):
         return self.layer.bias
 
 
-class Masked(nn.Linear):
-    def forward(self, input):
-        return F.linear(input, self.weight.tril(), self.bias)
+class Noisy(Layer):
+    def forward(self, z):
+        return self.layer(z) + torch.randn(2)
+
+
+class Averaged(Layer):
+    def forward(self, z):
+        return self.layer(z) - self.layer(z).mean(0)
+
+
+class Counted(Layer):
+    def forward(self, z):
+        return self.layer(z) / z.shape[0]
+
+
+class Turned(Layer):
+    def forward(self, z):
+        return self.layer(z).reshape(-1, 1)
+
+
+class Overwritten(Layer):
+    def forward(self, z):
+        h = self.layer(z)
+        return F.relu_(h) + h
+
+
+class OverwrittenView(Layer):
+    def forward(self, z):
+        h = self.layer(z)
+        first = h[:, :1]
+        h += z
+        return torch.cat([first, h], 1)
+
+
+class OverwrittenUnasked(Layer):
+    def forward(self, z):
+        h = self.layer(z)
+        h.relu_()
+        return h
+
+
+class OverwrittenInside(Layer):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2))
+
+    def forward(self, z):
+        h = self.layer(z)
+        return h + self.block(h)
+
+
+class Gathering(Layer):
+    def forward(self, *args):
+        return self.layer(args[0])
+
+
+class NotTheLast(Layer):
+    def forward(self, z):
+        return torch.max(self.layer(z), 1)
+
+
+class Training(Layer):
+    def forward(self, z):
+        return F.dropout(self.layer(z), 0.2, self.training)
+
+
+HERE = r"\(.*test_network\.py, line \d+: "
 
 
 @pytest.mark.parametrize(
-    ("module", "message"),
+    ("kind", "message"),
     [
-        (Skip(), r"decoder\.0: Skip .* no chain"),
-        (Branching(), r"decoder\.0: Branching .* not a fixed chain of modules \(symbolically traced"),
-        (TwoHeads(), r"decoder\.0: TwoHeads .* no chain"),
-        (Swish(), r"decoder\.0\.forward: silu .* nn\.ReLU"),
-        (Constant(), r"decoder\.0: Constant .* no chain"),
-        (Masked(2, 2), r"decoder\.0: Masked"),
+        (
+            Branching,
+            r"decoder\.0: Branching .* cannot be traced \(symbolically traced.* line \d+: .*z\.sum\(\) > 0",
+        ),
+        (TwoHeads, r"decoder: Sequential .* must return one tensor that depends on z, not several"),
+        (NotTheLast, r"must return one tensor"),
+        (Swish, rf"decoder\.0\.forward: silu .* nn\.ReLU or nn\.LeakyReLU\. {HERE}return F\.silu\(self"),
+        (Gate, rf"decoder\.0\.forward: mul .* multiplies .* Maxout.* {HERE}return h \* torch\.relu"),
+        (Attention, r"matmul .* multiplies"),
+        (Jump, r"decoder\.0\.forward: gt .* not continuous"),
+        (Inverse, r"truediv .* divide by constants"),
+        (Constant, r"decoder: Sequential .* depends on z, not a constant"),
+        (Noisy, r"decoder\.0: Noisy .* draws random numbers"),
+        (Averaged, r"decoder\.0\.forward: mean .* first dimension"),
+        (Counted, r"decoder\.0\.forward: truediv .* how many rows"),
+        (Turned, r"decoder\.0\.forward: reshape .* first dimension"),
+        (Overwritten, rf"decoder\.0\.forward: relu_ .* overwrites a value that is used again.*{HERE}"),
+        (OverwrittenView, r"decoder\.0\.forward: iadd .* h = h \+ x for h \+= x"),
+        (OverwrittenUnasked, r"decoder\.0\.forward: relu_ .* overwrites"),
+        (OverwrittenInside, r"decoder\.0\.block\.0: ReLU .* overwrites .* without inplace=True"),
+        (Gathering, r"decoder\.0: Gathering .* gathers arguments in \*args: name them"),
+        (Training, r"decoder\.0\.forward: dropout .* random; .* decoder\.eval\(\)"),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_forwards_that_are_no_chain_are_refused(module, message):
+def test_forwards_that_are_refused(kind, message):
+    state = torch.get_rng_state()
+    decoder = nn.Sequential(kind())
+    torch.set_rng_state(state)
     with pytest.raises(UnsupportedModule, match=message):
-        enumerate_regions(nn.Sequential(module))
+        enumerate_regions(decoder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(vars(decoder[0])) == set(vars(kind()))
+
+
+def test_what_the_output_does_not_need_is_not_looked_at():
+    class Unused(Layer):
+        def forward(self, z):
+            h = self.layer(z)
+            torch.sigmoid(h)
+            greatest, _ = h.max(dim=1, keepdim=True)
+            return self.act(h) + greatest
+
+    decoder = Unused()
+    assert round_trip_error(decoder, enumerate_regions(decoder), far_and_near(2)) < 1e-12
+
+
+def test_weights_changed_by_a_forward_and_arguments_with_defaults():
+    class Masked(nn.Linear):
+        def forward(self, input):
+            return F.linear(input, self.weight.tril(), self.bias)
+
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Masked(2, 4), Masked(4, 4)
+
+        def forward(self, z, skip=None, *, times=2):
+            h = self.first(z)
+            for _ in range(times):
+                h = torch.relu(self.second(h))
+            return h if skip is None else h + skip
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Optional()
+
+        def forward(self, z):
+            return self.inner(z, times=1, skip=torch.cat([z, z], -1)) - 2 * self.inner(z)
+
+    decoder = Outer()
+    part = enumerate_regions(decoder)
+    assert part.network.linears == () and len(part.patterns) == 3
+    assert round_trip_error(decoder, part, far_and_near(2)) < 1e-12
+    slopes, _ = part.affine_maps()
+    (gradient,) = torch.autograd.grad(slopes.sum(), decoder.inner.second.weight)
+    assert torch.equal(gradient.triu(1), torch.zeros(4, 4)) and gradient.tril().abs().sum() > 0
+
+
+def test_the_latent_dimension_where_no_layer_tells_it():
+    class Reshaped(nn.Module):
+        def forward(self, z):
+            return torch.relu(z[:, :1] - z[:, 1:])
+
+    with pytest.raises(UnsupportedModule, match="give latent_dim="):
+        Network(Reshaped())
+    decoder = Reshaped()
+    part = enumerate_regions(decoder, latent_dim=2)
+    assert part.num_regions == 2 and part.data_dim == 1
+    assert round_trip_error(decoder, part, far_and_near(2)) < 1e-12
+    image = nn.Sequential(nn.ReLU(), nn.Unflatten(1, (2, 1, 1)), nn.Conv2d(2, 3, 1))
+    assert (Network(image).latent_dim, Network(image).data_dim) == (2, 3)
+
+
+def test_images_that_do_not_fit_are_refused():
+    with pytest.raises(
+        UnsupportedModule, match=r"decoder\.1: Conv2d takes inputs \(rows, channels, height, width\)"
+    ):
+        Network(nn.Sequential(nn.Linear(2, 4), nn.Conv2d(4, 1, 1)))
+    with pytest.raises(UnsupportedModule, match=r"decoder\.2: Conv2d takes 3 inputs, but 4 arrive"):
+        Network(nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (4, 1, 1)), nn.Conv2d(3, 1, 1)))
+    with pytest.raises(UnsupportedModule, match=r"decoder\.2: Conv2d .* does not take what arrives there"):
+        Network(nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (4, 1, 1)), nn.Conv2d(4, 1, 3)))
+    with pytest.raises(UnsupportedModule, match=r"decoder\.2: MaxPool2d .* return_indices=False"):
+        Network(
+            nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2)), nn.MaxPool2d(2, return_indices=True))
+        )
+    with pytest.raises(UnsupportedModule, match=r"decoder\.2: Upsample .* mode='bilinear'"):
+        up = nn.Upsample(scale_factor=2, mode="bicubic")
+        Network(nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2)), up))
 
 
 class Functional(nn.Module):
@@ -139,7 +322,7 @@ def test_a_forward_of_ones_own_is_read():
         "decoder.net.0: Linear",
         "decoder.net.1: ReLU",
         "decoder.middle: Linear",
-        "decoder.forward: LeakyReLU",
+        "decoder.forward: leaky_relu",
     )
     with pytest.raises(UnsupportedModule, match=r"decoder\.drop: Dropout"):
         enumerate_regions(decoder.train())
