@@ -10,6 +10,8 @@ notebooks stay as they are then, and ``--to FOLDER`` keeps what was executed.
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import os
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 from traitlets.config import Config
 
 FOLDER = Path(__file__).parent
@@ -48,7 +51,18 @@ def execute(path: Path) -> nbformat.NotebookNode:
     )
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
     return notebook
+
+
+def smaller(png: str) -> str:
+    """A picture in 256 colours, a third of the size; without the metadata that names matplotlib's version."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    file = io.BytesIO()
+    picture.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def main(arguments: list[str] | None = None) -> None:
