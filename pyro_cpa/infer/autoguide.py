@@ -82,6 +82,7 @@ class AutoCPAPosterior(AutoGuide):
         self.max_regions = max_regions
         self.memory_budget = memory_budget
         self._checked = False
+        self._latent_dim: int | None = None
         self._enumerated: tuple[list[Tensor], Partition] | None = None
         self._solved: tuple[tuple[Any, ...], CPAPosterior] | None = None
 
@@ -98,7 +99,7 @@ class AutoCPAPosterior(AutoGuide):
         state = [t.detach() for t in (*self.decoder.parameters(), *self.decoder.buffers())]
         # Values are compared rather than version counters, which writes through ``.data`` leave as they are.
         if self._enumerated is None or not _same(self._enumerated[0], state):
-            partition = enumerate_regions(self.decoder, max_regions=self.max_regions)
+            partition = enumerate_regions(self.decoder, self.max_regions, latent_dim=self._latent_dim)
             self._enumerated = ([t.clone() for t in state], partition)
         return self._enumerated[1]
 
@@ -111,6 +112,8 @@ class AutoCPAPosterior(AutoGuide):
     def _read(self, trace: poutine.Trace) -> ExactProblem:
         problem = read_problem(trace, self.decoder, check_mean=not self._checked)
         self._checked = True
+        # Not every decoder tells it.
+        self._latent_dim = problem.prior_loc.shape[-1]
         return problem
 
     def marginal(self, *args: Any, **kwargs: Any) -> CPAMarginal:

@@ -17,7 +17,7 @@ from ..distributions.fisher import expected_statistics
 from ..distributions.parameters import check_data
 from ..distributions.statistics import SufficientStatistics
 from ..errors import CPAError, InvalidData, UnsupportedModel
-from ..partition import Partition
+from ..partition import Network, Partition
 from . import m_step
 from .autoguide import AutoCPAPosterior
 from .exact_fit import AbstractExactFit, LBFGSRound, StepRecord
@@ -56,8 +56,9 @@ class EM(AbstractExactFit):
         - \tfrac{\rho}{2} \lVert W \rVert^2 .
 
     The last layer, the noise and the prior do not move the walls between regions: their updates are true M-steps.
-    Hidden layers move them; each of their updates is accepted only if the exact objective does not fall, and
-    is otherwise halved along the segment (generalised EM). Hence the objective never falls, without a gradient.
+    Hidden layers, convolutions and whatever else the decoder has move them; each of their updates is accepted only if the
+    exact objective does not fall, and is otherwise halved along the segment (generalised EM). Hence the objective never
+    falls, without a gradient of it.
 
     Args:
         model: a Pyro model that :class:`AutoCPAPosterior` accepts.
@@ -182,6 +183,8 @@ class EM(AbstractExactFit):
         if "hidden" in chosen:
             for index in reversed(range(last if ends_linear else last + 1)):
                 plan.append((f"hidden[{index}]", lambda s, i=index: self._propose_hidden(s, i), True))  # type: ignore[misc]
+            for name, group in reversed(self._others(network)):
+                plan.append((f"hidden[{name}]", lambda s, g=group: self._propose_others(s, g), True))  # type: ignore[misc]
         return plan
 
     def _update(
@@ -275,6 +278,26 @@ class EM(AbstractExactFit):
         )
         proposal: list[tuple[Target, Tensor]] = [(Weight(layer.weight), weight)]
         return proposal if bias is None else [*proposal, (Weight(layer.bias), bias)]
+
+    def _others(self, network: Network) -> list[tuple[str, list[Tensor]]]:
+        """Modules with parameters of their own that are no linear layers, and those parameters."""
+        linears = {id(p) for layer in network.linears for p in layer.parameters()}
+        groups = [
+            (
+                name or type(module).__name__,
+                [p for p in module.parameters(recurse=False) if id(p) not in linears],
+            )
+            for name, module in self.guide.decoder.named_modules()
+        ]
+        return [(n, trained) for n, group in groups if (trained := [p for p in group if p.requires_grad])]
+
+    def _propose_others(self, state: _EStep, parameters: list[Tensor]) -> list[tuple[Target, Tensor]]:
+        kernels = {id(kernel) for kernel in state.partition.network.kernels}
+        ridges = [self.ridge if id(p) in kernels else 0.0 for p in parameters]
+        new = m_step.other_parameters(
+            state.partition, state.statistics, state.noise_scale, parameters, ridges
+        )
+        return [(Weight(p), value) for p, value in zip(parameters, new, strict=True)]
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

@@ -123,11 +123,12 @@ class AbstractExactFit(SVI):
         return problem
 
     def _penalty(self) -> Tensor:
-        """ridge / 2 times the sum of squared weights of the decoder's linear layers, differentiable."""
+        """ridge / 2 times the sum of squared weights of the decoder's linear layers and convolutions, differentiable."""
         if not self.ridge:
             return torch.zeros(())
-        linears = self.guide.partition().network.linears
-        squares = [layer.weight.double().square().sum() for layer in linears]
+        network = self.guide.partition().network
+        weights = [*(layer.weight for layer in network.linears), *network.kernels]
+        squares = [weight.double().square().sum() for weight in weights]
         return 0.5 * self.ridge * torch.stack(squares).sum()
 
 

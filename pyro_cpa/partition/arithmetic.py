@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .building import ROWS, Builder, Value, constant
+from .building import Builder
 from .calls import Late, leaves, mapped
 from .pooling import extremum
 from .reading import method
+from .values import ROWS, Value, constant
 
 __all__ = ["add", "divide", "largest", "linear_in_one", "maximum", "multiply", "negate", "subtract"]
 

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arithmetic import add, divide, largest, linear_in_one, maximum, multiply, negate, subtract
-from .building import ROWS, Builder, Rows, Value, constant
+from .building import Builder
 from .modules import ELEMENTWISE, normalise
 from .pooling import extremum, max_pool
 from .reading import method
+from .rearranging import rearrange
 from .resizing import interpolate, pad
 from .units import Abs
+from .values import ROWS, Rows, Value, constant
 from .weighted import batch_norm, convolution, linear, prelu
 
 __all__ = ["FUNCTIONS", "UNITS", "VIEWS"]
@@ -46,11 +48,11 @@ def _unit(kind: type[nn.Module]) -> Callable[..., Value]:
 
 def _rearranged(b: Builder, *args: Any, **kwargs: Any) -> Any:
     target = b.call.target
-    return b.rearrange(partial(method, target) if isinstance(target, str) else target, *args, **kwargs)
+    return rearrange(b, partial(method, target) if isinstance(target, str) else target, *args, **kwargs)
 
 
 def _item(b: Builder, given: Any, index: Any) -> Any:
-    return given[index] if isinstance(given, tuple | list) else b.rearrange(operator.getitem, given, index)
+    return given[index] if isinstance(given, tuple | list) else rearrange(b, operator.getitem, given, index)
 
 
 def _attribute(b: Builder, given: Any, name: str) -> Any:
@@ -63,7 +65,7 @@ def _attribute(b: Builder, given: Any, name: str) -> Any:
     if name in ("dtype", "device"):
         return getattr(b.like, name)
     if name in ("T", "mT"):
-        return b.rearrange(partial(_transposed, name), given)
+        return rearrange(b, partial(_transposed, name), given)
     raise b.refuse(f"the attribute {name} of what depends on z is not supported")
 
 

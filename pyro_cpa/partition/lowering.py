@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModule
-from .building import Builder, Rows, Step, Value, constant
+from .building import Builder, Step
 from .calls import Call, Late, Ref, leaves, mapped
 from .functions import FUNCTIONS, UNITS, VIEWS
 from .graph import Graph
 from .modules import ELEMENTWISE, IDENTITIES, MODULES, REARRANGING
 from .reading import method, read
+from .values import Rows, Value, constant
 
 __all__ = ["lower"]
 

@@ -14,13 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building import Builder, Value
+from .building import Builder
 from .calls import Late
 from .layers import Elementwise
 from .pooling import max_pool, maxout
+from .rearranging import rearrange
 from .refusal import Unreadable
 from .resizing import interpolate, pad
 from .units import Abs, Maxout
+from .values import Value
 from .weighted import batch_norm, convolution, linear, prelu
 
 __all__ = ["ELEMENTWISE", "IDENTITIES", "MODULES", "REARRANGING", "normalise"]
@@ -160,7 +162,7 @@ REARRANGING: tuple[type[nn.Module], ...] = (
 
 MODULES: dict[type[nn.Module], Build] = {
     **ELEMENTWISE,
-    **{kind: lambda b, module, x: b.rearrange(module, x) for kind in REARRANGING},
+    **{kind: lambda b, module, x: rearrange(b, module, x) for kind in REARRANGING},
     nn.Linear: _linear,
     **{getattr(nn, f"Conv{n}d"): _convolution(getattr(F, f"conv{n}d"), False) for n in "123"},
     **{

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InvalidData
 from .building import Step
@@ -70,6 +70,12 @@ class Network:
     def linear_steps(self) -> tuple[int, ...]:
         """Where the ``linears`` are among the layers."""
         return tuple(i for i, step in enumerate(self.steps) if isinstance(step.module, nn.Linear))
+
+    @property
+    def kernels(self) -> tuple[Tensor, ...]:
+        """The weights of convolutions, and of ``nn.Linear`` modules that take more than vectors."""
+        others = dict.fromkeys(step.call.target for step in self.steps if step.module is None)
+        return tuple(m.weight for m in others if isinstance(m, nn.Linear | nn.modules.conv._ConvNd))
 
     @property
     def ends_linear(self) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .building import Builder, Value
+from .building import Builder
+from .values import Value
 
 __all__ = ["extremum", "max_pool", "maxout"]
 

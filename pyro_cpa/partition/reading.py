@@ -17,6 +17,7 @@ from .tracing import Trace, trace
 
 __all__ = ["method", "read"]
 
+_NO_TENSORS = ("shape", "ndim", "dtype", "device")
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
@@ -171,6 +172,8 @@ def _check_overwriting(calls: list[Call], output: Ref, views: frozenset[Any]) ->
     for index, call in enumerate(calls):
         first = users[index][0]
         same = (call.kind or call.target) in views or _overwrites(call)
+        if call.target is getattr and call.args[1] in _NO_TENSORS:
+            same = False
         owner[index] = owner[first] if same else index
     for index, call in enumerate(calls):
         if not _overwrites(call):

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .building import Builder, Value
+from .building import Builder
+from .rearranging import rearrange
+from .values import Value
 
 __all__ = ["interpolate", "pad"]
 
@@ -21,8 +23,8 @@ def pad(
 ) -> Value:
     """Arguments as those of ``F.pad``."""
     if mode != "constant":
-        return b.rearrange(partial(F.pad, pad=tuple(pad), mode=mode), input)
-    padded = b.rearrange(partial(F.pad, pad=tuple(pad)), input)
+        return rearrange(b, partial(F.pad, pad=tuple(pad), mode=mode), input)
+    padded = rearrange(b, partial(F.pad, pad=tuple(pad)), input)
     if not value:
         return padded
     margin = torch.zeros(1, *input.shape, dtype=torch.float64, device=b.like.device)
@@ -50,4 +52,4 @@ def interpolate(
     )
     if antialias or mode == "bicubic":
         raise b.refuse("bicubic and antialiased sampling are not supported; use mode='bilinear' or 'nearest'")
-    return b.rearrange(function, input) if mode.startswith("nearest") else b.operator(input, function)
+    return rearrange(b, function, input) if mode.startswith("nearest") else b.operator(input, function)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building import Builder, Value, constant
+from .building import Builder
 from .layers import Dense, Elementwise
+from .values import Value, constant
 
 __all__ = ["batch_norm", "check_channels", "convolution", "linear", "prelu"]
 

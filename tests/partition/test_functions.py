@@ -214,6 +214,8 @@ def assert_agrees(decoder):
         (lambda m, h: torch.cat([h, h], 0), "first dimension, which is that of the data"),
         (lambda m, h: h.flip(0), "mixes rows of data"),
         (lambda m, h: h + h[:1], "mixes rows of data|does not take"),
+        (lambda m, h: h + h[:, None].repeat(1, 3, 1), "another dimension"),
+        (lambda m, h: h * m.image[:, :, 0, :1], "another dimension"),
         (lambda m, h: torch.einsum("ni,nj->nij", h, h), "multiplies two things"),
         (lambda m, h: h + torch.randn_like(h), "randn_like"),
         (lambda m, h: h * h.shape[0], "how many rows"),

@@ -234,6 +234,21 @@ def test_what_the_output_does_not_need_is_not_looked_at():
     assert round_trip_error(decoder, enumerate_regions(decoder), far_and_near(2)) < 1e-12
 
 
+def test_overwriting_what_is_not_used_again_is_read():
+    class InPlace(Layer):
+        def forward(self, z):
+            h = self.layer(z)
+            rows = h.shape[0]
+            h += 0.5
+            h = F.relu_(h.view(rows, 2, 1))
+            skip = h
+            h = h - 1
+            return (skip + F.relu(h, inplace=True)).flatten(1)
+
+    decoder = InPlace()
+    assert round_trip_error(decoder, enumerate_regions(decoder), far_and_near(2)) < 1e-12
+
+
 def test_weights_changed_by_a_forward_and_arguments_with_defaults():
     class Masked(nn.Linear):
         def forward(self, input):
