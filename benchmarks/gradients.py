@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds; figures mean nothing")
     smoke = parser.parse_args().smoke
     torch.set_num_threads(1)
-    table = rows(3 if smoke else 400)
+    table = rows(2 if smoke else 400)
     for row in (dict(zip(table[0], table[0], strict=True)), *table):
         print("  ".join(f"{value:<15}" for value in row.values()).rstrip())
     if not smoke:

@@ -69,7 +69,7 @@ def _exact(fit: Any) -> Callable[[Any], Any]:
     )
 
 
-def _of_pair(model: Callable, guide: Callable, x: Any, num_samples: int) -> Evidence:
+def _of_pair(model: Callable[..., Any], guide: Callable[..., Any], x: Any, num_samples: int) -> Evidence:
     rows = as_rows(x)
     found = log_evidence(model, guide, rows, num_particles=num_samples)
     if found.log_prob.shape != rows.shape[:1]:

@@ -201,8 +201,8 @@ class Layout:
 
 
 def read_layout(
-    model: Callable,
-    args: tuple,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Sequence[Any]],

@@ -28,7 +28,7 @@ Values = dict[str, list[Tensor]]
 def to_arviz(
     source: Any,
     *args: Any,
-    model: Callable | None = None,
+    model: Callable[..., Any] | None = None,
     num_samples: int = 1000,
     prior_samples: int | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
@@ -115,8 +115,8 @@ def to_arviz(
 class _Run:
     """A source of posterior draws in one form: traces of the model, draw after draw, chain after chain."""
 
-    model: Callable
-    args: tuple
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     chains: int
     draws: int
@@ -126,7 +126,13 @@ class _Run:
     log_evidence: Tensor | None = None
 
 
-def _open(source: Any, model: Callable | None, args: tuple, kwargs: dict, num_samples: int) -> _Run:
+def _open(
+    source: Any,
+    model: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_samples: int,
+) -> _Run:
     if isinstance(source, MCMC):
         return _open_mcmc(source, model, args or source._args or (), kwargs or source._kwargs or {})
     model = getattr(source, "model", None) if model is None else model
@@ -145,7 +151,13 @@ def _open(source: Any, model: Callable | None, args: tuple, kwargs: dict, num_sa
     )
 
 
-def _open_guide(guide: Callable, model: Callable, args: tuple, kwargs: dict, num_samples: int) -> _Run:
+def _open_guide(
+    guide: Callable[..., Any],
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_samples: int,
+) -> _Run:
     def traces(layout: Layout) -> Iterator[tuple[Trace, Trace | None]]:
         for _ in range(num_samples):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -161,7 +173,11 @@ def _open_guide(guide: Callable, model: Callable, args: tuple, kwargs: dict, num
 
 
 def _conditioned(
-    run_args: tuple, model: Callable, kwargs: dict, flat: Mapping[str, Tensor], count: int
+    run_args: tuple[Any, ...],
+    model: Callable[..., Any],
+    kwargs: dict[str, Any],
+    flat: Mapping[str, Tensor],
+    count: int,
 ) -> Any:
     """Traces of the model at given draws; ``flat`` holds the draws of all chains in one leading dimension."""
 
@@ -175,7 +191,9 @@ def _conditioned(
     return traces
 
 
-def _open_draws(draws: Mapping[str, Tensor], model: Callable, args: tuple, kwargs: dict) -> _Run:
+def _open_draws(
+    draws: Mapping[str, Tensor], model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Run:
     counts = {name: len(value) for name, value in draws.items()}
     if len(set(counts.values())) != 1:
         raise InvalidData(
@@ -187,7 +205,9 @@ def _open_draws(draws: Mapping[str, Tensor], model: Callable, args: tuple, kwarg
     )
 
 
-def _open_mcmc(mcmc: MCMC, model: Callable | None, args: tuple, kwargs: dict) -> _Run:
+def _open_mcmc(
+    mcmc: MCMC, model: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Run:
     grouped = mcmc.get_samples(group_by_chain=True)
     chains, draws = next(iter(grouped.values())).shape[:2]
     flat = {name: value.flatten(0, 1) for name, value in grouped.items()}
@@ -265,7 +285,10 @@ def _prior_groups(run: _Run, layout: Layout, count: int) -> dict[str, Any]:
 
 
 def _from_distribution(
-    posterior: torch.distributions.Distribution, num_samples: int, dims: Mapping, coords: Mapping
+    posterior: torch.distributions.Distribution,
+    num_samples: int,
+    dims: Mapping[str, Any],
+    coords: Mapping[str, Any],
 ) -> Any:
     plates = ("data",) if len(posterior.batch_shape) == 1 else None
     site = Site.of_distribution("z", posterior, plates, dims.get("z", ()))

@@ -99,8 +99,8 @@ class AlternatingTrainer:
 
     def __init__(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         optim: PyroOptim,
         elbo: ELBO,
         phases: Sequence[tuple[str, int]] = (("E", 1000), ("M", 1000)),

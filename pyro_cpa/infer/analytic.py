@@ -98,7 +98,7 @@ class AnalyticELBO(TraceEnum_ELBO):
         self._loss = math.nan
         self._kl_by_site: dict[str, Tensor] = {}
         self._nesting_is_guessed = self.max_plate_nesting == math.inf
-        self._probed: tuple[Callable, Callable] | None = None
+        self._probed: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     @property
     def kl_by_site(self) -> dict[str, float]:
@@ -112,17 +112,21 @@ class AnalyticELBO(TraceEnum_ELBO):
     def reconstruction(self) -> float:
         return self.kl - self._loss
 
-    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Returns minus the bound, without building a graph for it to be differentiated."""
         self._loss = super().loss(model, guide, *args, **kwargs)
         return self._loss
 
-    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
         """Returns minus the bound and adds its gradient to the parameters' ``grad``."""
         self._loss = super().loss_and_grads(model, guide, *args, **kwargs)
         return self._loss
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Returns minus the bound as a scalar tensor; a plain number of it where gradients are off."""
         if not torch.is_grad_enabled():
             return torch.tensor(self.loss(model, guide, *args, **kwargs))
@@ -130,12 +134,24 @@ class AnalyticELBO(TraceEnum_ELBO):
         self._loss = loss.item()
         return loss
 
-    def _guess_max_plate_nesting(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> None:
+    def _guess_max_plate_nesting(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         with torch.random.fork_rng(devices=[]):
             super()._guess_max_plate_nesting(model, guide, args, kwargs)
         self._probed = (model, guide)
 
-    def _get_traces(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Iterator[Pair]:
+    def _get_traces(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Iterator[Pair]:
         if self._nesting_is_guessed and self._probed != (model, guide):
             self.max_plate_nesting = math.inf
         self._kl_by_site = {}

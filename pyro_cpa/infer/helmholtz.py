@@ -127,8 +127,8 @@ class BiHelmholtzELBO(AbstractMultiSampleELBO):
     @torch.no_grad()
     def log_z(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         *args: Any,
         num_samples: int = 10_000,
         num_inner: int = 10,

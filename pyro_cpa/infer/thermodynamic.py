@@ -179,7 +179,12 @@ class TVO(AbstractMultiSampleELBO):
         return self._last.bounds(self.rule)
 
     def bounds(
-        self, model: Callable, guide: Callable, *args: Any, num_particles: int | None = None, **kwargs: Any
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        num_particles: int | None = None,
+        **kwargs: Any,
     ) -> TVOBounds:
         """Bounds at the nodes, without derivatives, from ``num_particles`` (by default S) fresh particles."""
         return Summary.at(self._draw(num_particles, model, guide, args, kwargs), self.schedule.betas).bounds(
@@ -188,8 +193,8 @@ class TVO(AbstractMultiSampleELBO):
 
     def integrand(
         self,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         *args: Any,
         betas: int | Tensor = 101,
         num_particles: int | None = None,
@@ -205,7 +210,12 @@ class TVO(AbstractMultiSampleELBO):
         return TVOCurve.of(self._draw(num_particles, model, guide, args, kwargs), betas, self.schedule.betas)
 
     def simulated_sandwich(
-        self, model: Callable, guide: Callable, *args: Any, num_particles: int | None = None, **kwargs: Any
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        num_particles: int | None = None,
+        **kwargs: Any,
     ) -> SimulatedSandwich:
         r"""Bounds from both sides on the evidence of data drawn from the model.
 
@@ -238,8 +248,8 @@ class TVO(AbstractMultiSampleELBO):
     def _draw(
         self,
         num_particles: int | None,
-        model: Callable,
-        guide: Callable,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> LogWeights:

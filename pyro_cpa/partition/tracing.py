@@ -98,7 +98,7 @@ def _is_library(file: str) -> bool:
 
 def trace(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], symbolic: Any
-) -> tuple[Trace, list]:
+) -> tuple[Trace, list[Any]]:
     """Run ``module.forward`` on symbols.
 
     Args:

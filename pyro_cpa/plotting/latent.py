@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ GOLDEN = 0.6180339887498949
 
 def plot_latent_map(
     means: Tensor,
-    labels: Tensor | Sequence | None = None,
+    labels: Tensor | Sequence[Any] | None = None,
     *,
     label_name: str = "class",
     ax: Axes | None = None,
