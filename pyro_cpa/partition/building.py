@@ -37,6 +37,7 @@ class Step:
     read: Callable[[], Layer]
     module: nn.Module | None
     work: int
+    switches: bool
 
     def __str__(self) -> str:
         return f"{self.call.place}: {self.call.name}"
@@ -79,12 +80,22 @@ class Builder:
         read: Callable[[], Layer],
         module: nn.Module | None = None,
         work: int = 0,
+        switches: bool = False,
     ) -> Value:
-        """A step with its result's shape; ``work`` is the numbers it needs at once for one row, if many."""
+        """A step of the network.
+
+        Args:
+            inputs: what it takes.
+            shape: of its result.
+            read: the layer.
+            module: the ``nn.Linear`` that it is.
+            work: the numbers it needs at once for one row, where that is more than it takes or returns.
+            switches: whether it has units.
+        """
         size = math.prod(shape)
         work = max(work, size, *(value.size for value in inputs))
         numbers = tuple(value.index for value in inputs)
-        self.steps.append(Step(self.call, numbers, size, read, module, work))
+        self.steps.append(Step(self.call, numbers, size, read, module, work, switches))
         return Value(len(self.steps), tuple(shape))
 
     def finish(self, output: Value, latent_dim: int) -> tuple[tuple[Step, ...], Graph]:
@@ -101,7 +112,7 @@ class Builder:
         )
         graph = Graph(
             inputs=tuple(step.inputs for step in steps),
-            switches=tuple(step.layer().switches for step in steps),
+            switches=tuple(step.switches for step in steps),
             widths=(latent_dim, *(step.size for step in steps)),
             work=tuple(step.work for step in steps),
         )
@@ -111,20 +122,21 @@ class Builder:
 
     def units(self, x: Value, knots: list[float], slopes: list[float], intercepts: list[float]) -> Value:
         """One piecewise-linear function for all entries; see :class:`Elementwise`."""
-        return self.add(
-            (x,), x.shape, partial(elements.piecewise, knots, slopes, intercepts, self.like.device)
-        )
+        read = partial(elements.piecewise, knots, slopes, intercepts, self.like.device)
+        return self.add((x,), x.shape, read, switches=True)
 
     def bound(self, x: Value, limit: Any, below: bool) -> Value:
         """max(x, limit), or min(x, limit) where ``below``, for a constant ``limit``."""
         x = self.broadcast(x, self._shape_with(x, limit))
-        return self.add((x,), x.shape, partial(elements.bound, limit, x.shape, below, self.like.device))
+        read = partial(elements.bound, limit, x.shape, below, self.like.device)
+        return self.add((x,), x.shape, read, switches=True)
 
     def maximum(self, a: Value, b: Value, least: bool = False) -> Value:
         """max(a, b), or min(a, b) where ``least``."""
         a, b = self._alike(a, b)
         difference = self._sum(b, a, -1.0) if least else self._sum(a, b, -1.0)
-        return self.add((difference, a, b), a.shape, partial(elements.hinge, self.like.device))
+        read = partial(elements.hinge, self.like.device)
+        return self.add((difference, a, b), a.shape, read, switches=True)
 
     def greatest(self, x: Value, table: Tensor, shape: Sequence[int], least: bool = False) -> Value:
         """The maximum of groups of entries, as a tournament.

@@ -7,6 +7,7 @@ from __future__ import annotations
 import linecache
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -71,6 +72,7 @@ class Call:
     kind: type[nn.Module] | None = None
     line: Line | None = None
 
+    @cached_property
     def refs(self) -> list[int]:
         """The calls whose results it takes, in order."""
         return [leaf.index for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Ref)]
@@ -78,15 +80,15 @@ class Call:
 
 def mapped(function: Callable[[Any], Any], structure: Any) -> Any:
     """``structure`` with ``function`` applied to whatever is inside its tuples, lists, dicts and slices."""
-    if isinstance(structure, tuple | list):
+    if not isinstance(structure, (tuple, list, dict, slice)):
+        return function(structure)
+    if isinstance(structure, (tuple, list)):
         items = [mapped(function, item) for item in structure]
         return items if isinstance(structure, list) else tuple(items)
     if isinstance(structure, dict):
         return {key: mapped(function, item) for key, item in structure.items()}
-    if isinstance(structure, slice):
-        ends = (structure.start, structure.stop, structure.step)
-        return slice(*(mapped(function, end) for end in ends))
-    return function(structure)
+    ends = (structure.start, structure.stop, structure.step)
+    return slice(*(mapped(function, end) for end in ends))
 
 
 def leaves(structure: Any) -> list[Any]:

@@ -39,7 +39,7 @@ def lower(decoder: nn.Module, latent_dim: int | None, like: Tensor) -> tuple[tup
     needed = {output.index}
     for index in reversed(range(len(calls))):
         if index in needed:
-            needed.update(calls[index].refs())
+            needed.update(calls[index].refs)
     results: dict[int, Any] = {-1: Value(0, (L,))}
     for index, call in enumerate(calls):
         if index in needed:

@@ -140,6 +140,8 @@ class _Reader:
 
 def _inherits(module: nn.Module, classes: Sequence[type[nn.Module]]) -> type[nn.Module] | None:
     """The class in ``classes`` that ``module`` is of, unless its ``forward`` is another one."""
+    if type(module) in classes:
+        return type(module)
     found = [cls for cls in classes if isinstance(module, cls) and type(module).forward is cls.forward]
     # The most special one: nn.ReLU6 is an nn.Hardtanh.
     return max(found, key=lambda cls: len(cls.__mro__), default=None)
@@ -164,7 +166,7 @@ def _check_overwriting(calls: list[Call], output: Ref, views: frozenset[Any]) ->
     """Refuse calls that change their input in place where it is used again: a list of calls has no memory."""
     needed, users = {output.index}, {}
     for index in reversed(range(len(calls))):
-        users[index] = calls[index].refs()
+        users[index] = calls[index].refs
         if index in needed:
             needed.update(users[index])
     # Values that may be the same memory: a view and what it is a view of.

@@ -36,7 +36,8 @@ class Partition:
         cells: the R cells: :class:`WholeSpace` (R = 1), :class:`Intervals` (L = 1),
             :class:`Polygons` (L = 2) or :class:`Polytopes` (L > 2).
         patterns: for every activation layer the segment (R, H) int8 on which each unit is.
-        output_weight: (D, H) W, the last ``nn.Linear``; the identity if the decoder ends in another module.
+        output_weight: (D, H) W: the last ``nn.Linear``, or all that follows the last units if these are fewer
+            than the outputs; otherwise the identity.
         output_bias: (D,) v.
 
     Example:
@@ -65,10 +66,9 @@ class Partition:
         self._arrangement = arrangement
         cells = arrangement.cells
         self.cells: Cells = cells if len(cells) > 1 else WholeSpace(network.latent_dim)
-        last = layers[-1] if layers else None
+        self._values, self._shared = self._features_of(layers)
         eye = torch.eye(network.data_dim, dtype=torch.float64, device=network.device)
-        self.output_weight = last.weight if isinstance(last, Dense) else eye
-        self.output_bias = last.bias if isinstance(last, Dense) else eye.new_zeros(len(eye))
+        self.output_weight, self.output_bias = self._shared or (eye, eye.new_zeros(len(eye)))
 
     @property
     def num_regions(self) -> int:
@@ -111,19 +111,29 @@ class Partition:
     @cached_property
     def slopes(self) -> Tensor:
         """(R, D, L) A_r, detached, as the parameters were at enumeration."""
-        return self.output_weight @ self.feature_slopes
+        return self.output_weight @ self.feature_slopes if self._shared else self.feature_slopes
 
     @cached_property
     def offsets(self) -> Tensor:
         """(R, D) b_r, detached, as the parameters were at enumeration."""
+        if not self._shared:
+            return self.feature_offsets
         return self.feature_offsets @ self.output_weight.mT + self.output_bias
 
     @cached_property
     def _features(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            last = self._layers[-1] if self._layers else None
-            graph = self.network.graph
-            return self._maps(self._layers, graph.inputs[-1][0] if isinstance(last, Dense) else graph.last)
+            return self._maps(self._layers, *self._values)
+
+    def _features_of(self, layers: tuple[Layer, ...]) -> tuple[tuple[int, ...], tuple[Tensor, Tensor] | None]:
+        """The values that are the features, and the affine map from them to the output, where they are not it."""
+        graph = self.network.graph
+        if layers and isinstance(layers[-1], Dense):
+            return graph.inputs[-1], (layers[-1].weight, layers[-1].bias)
+        # What follows the last units is the same on all regions; it pays where they are fewer than the outputs.
+        if sum(graph.widths[value] for value in graph.frontier) < self.data_dim:
+            return graph.frontier, graph.tail(layers)
+        return (graph.last,), None
 
     def locate(self, z: Tensor) -> Tensor:
         """Region of every point.
@@ -151,7 +161,12 @@ class Partition:
         Args:
             layers: ``network.layers()`` as read at an earlier time; by default they are read now.
         """
-        return self._maps(self.network.layers() if layers is None else layers, self.network.graph.last)
+        layers = self.network.layers() if layers is None else layers
+        values, shared = self._features_of(layers)
+        slopes, offsets = self._maps(layers, *values)
+        return (
+            (slopes, offsets) if shared is None else (shared[0] @ slopes, offsets @ shared[0].mT + shared[1])
+        )
 
     def linear_inputs(self, index: int) -> tuple[Tensor, Tensor]:
         """Slopes (R, H_in, L) and offsets (R, H_in) of the input of linear layer ``index``, at present values."""
@@ -176,17 +191,17 @@ class Partition:
         size = max(1, MAP_BYTES // (8 * numbers))
         return [slice(i, min(i + size, self.num_regions)) for i in range(0, self.num_regions, size)]
 
-    def _maps(self, layers: tuple[Layer, ...], value: int) -> tuple[Tensor, Tensor]:
+    def _maps(self, layers: tuple[Layer, ...], *values: int) -> tuple[Tensor, Tensor]:
         graph = self.network.graph
         basis = homogeneous_basis(self.latent_dim, torch.empty(0, dtype=torch.float64, device=self.device))
 
         def push(*patterns: Tensor) -> Tensor:
-            return graph.push(layers, patterns, *basis, value)
+            return graph.push(layers, patterns, *basis, *values)
 
         # Derivatives keep the maps of all values on the way, unless these are computed again chunk by chunk.
         keeps = torch.is_grad_enabled()
-        chunks = self._chunks((self.latent_dim + 1) * graph.numbers(value, kept=keeps))
-        if len(chunks) == 1 or not graph.has_units(value):
+        chunks = self._chunks((self.latent_dim + 1) * graph.numbers(*values, kept=keeps))
+        if len(chunks) == 1 or not graph.has_units(*values):
             maps = push(*self.patterns).expand(self.num_regions, -1, -1)
         else:
             parts = [tuple(pattern[rows] for pattern in self.patterns) for rows in chunks]

@@ -78,7 +78,9 @@ def _listed(shape: Sequence[int]) -> str:
 def batch_norm(b: Builder, x: Value, read: Callable[[int], Elementwise], channels: int) -> Value:
     """An affine map of each channel; ``read`` is told how many entries a channel has."""
     check_channels(b, x, channels)
-    return b.add((x,), x.shape, partial(read, math.prod(x.shape[1:])))
+    layer = partial(read, math.prod(x.shape[1:]))
+    b.tried(layer)
+    return b.add((x,), x.shape, layer)
 
 
 def prelu(b: Builder, input: Value, weight: Any) -> Value:
@@ -86,9 +88,8 @@ def prelu(b: Builder, input: Value, weight: Any) -> Value:
     count = constant(weight).numel()
     if count > 1:
         check_channels(b, input, count)
-    return b.add(
-        (input,), input.shape, partial(_prelu, weight, 1 if count == 1 else math.prod(input.shape[1:]))
-    )
+    read = partial(_prelu, weight, 1 if count == 1 else math.prod(input.shape[1:]))
+    return b.add((input,), input.shape, read, switches=True)
 
 
 def _prelu(weight: Any, inner: int) -> Elementwise:

@@ -169,6 +169,28 @@ def test_a_residual_sum_of_nothing_adds_no_region():
     assert not skip.network.ends_linear and plain.network.ends_linear
 
 
+def test_what_follows_the_last_units_is_shared():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.up, self.direct = nn.Linear(2, 3), nn.Linear(3, 5), nn.Linear(2, 20)
+
+        def forward(self, z):
+            h = torch.relu(self.first(z)) - 1
+            return self.direct(z) + torch.cat([self.up(h), -self.up(h)], 1).repeat(1, 2)
+
+    images, skip = build_architecture("images-2"), Skip()
+    for decoder, width in ((images, 3 * 4 * 4), (skip, 2 + 3)):
+        part = enumerate_regions(decoder)
+        assert part.output_weight.shape == (part.data_dim, width)
+        assert part.feature_slopes.shape == (part.num_regions, width, 2)
+        assert_is_the_decoder(decoder, part, everywhere(part))
+    # The features of the second are z itself and the units.
+    assert enumerate_regions(skip).network.graph.frontier[0] == 0
+    few = nn.Sequential(nn.Linear(2, 9), nn.ReLU(), nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 1, 2))
+    assert torch.equal(enumerate_regions(few).output_weight, torch.eye(4))
+
+
 def test_networks_are_copied_with_their_decoder():
     decoder = build_architecture("residual-2")
     network = Network(decoder)

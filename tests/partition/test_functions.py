@@ -150,6 +150,7 @@ MODULES = {
     "ZeroPad2d": (nn.ZeroPad2d(1), IMAGE),
     "ConstantPad1d": (nn.ConstantPad1d(2, 0.7), SIGNAL),
     "ReplicationPad2d": (nn.ReplicationPad2d((1, 0, 2, 1)), IMAGE),
+    "CircularPad2d": (nn.CircularPad2d(1), IMAGE),
     "PixelUnshuffle": (nn.PixelUnshuffle(2), IMAGE),
     "ChannelShuffle": (nn.ChannelShuffle(2), (4, 3, 1)),
     "Unfold": (nn.Unfold(2, padding=1), IMAGE),
