@@ -6,11 +6,13 @@ from pyro_cpa.infer.alternating import AlternatingTrainer
 from pyro_cpa.infer.analytic import AnalyticELBO
 from pyro_cpa.infer.autoguide import AutoCPAPosterior
 from pyro_cpa.infer.checkpoint import load_checkpoint, save_checkpoint
+from pyro_cpa.infer.draws import Draws
 from pyro_cpa.infer.em import EM
 from pyro_cpa.infer.evidence import Evidence, log_evidence, pointwise_log_likelihood
 from pyro_cpa.infer.exact_ml import ExactML
 from pyro_cpa.infer.helmholtz import BiHelmholtzELBO
 from pyro_cpa.infer.importance_weighted import ImportanceWeightedELBO
+from pyro_cpa.infer.log_weights import LogWeights
 from pyro_cpa.infer.multi_sample import AbstractMultiSampleELBO
 from pyro_cpa.infer.schedules import CoarseGrained, Fixed, Linear, LogUniform, Moments, OptimalLeft, Schedule
 from pyro_cpa.infer.thermodynamic import TVO
@@ -23,12 +25,14 @@ __all__ = [
     "AutoCPAPosterior",
     "BiHelmholtzELBO",
     "CoarseGrained",
+    "Draws",
     "EM",
     "Evidence",
     "ExactML",
     "Fixed",
     "ImportanceWeightedELBO",
     "Linear",
+    "LogWeights",
     "LogUniform",
     "Moments",
     "OptimalLeft",
