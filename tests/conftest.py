@@ -14,13 +14,13 @@ SHARED_DATA = Path(os.environ.get("PYRO_CPA_DATA", Path(__file__).parents[2] / "
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     with pyro.validation_enabled(True):
         yield
-    torch.set_default_dtype(dtype)
+    # Not what it was before: fixtures of wider scope may have run first, and doctests come in between.
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
