@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -81,6 +82,12 @@ def hide_private_bases(app: Sphinx, name: str, obj: type, options: Any, bases: l
             bases[place : place + 1] = base.__bases__
 
 
+def keep_initials(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Text that starts with a letter and a dot, "K." or "R. Neal", is no numbered list."""
+    lines[:] = [re.sub(r"^(\s*|\s+[\w*, ]+: )([A-Z])\.(?= |$)", r"\1\2\\.", line) for line in lines]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", keep_initials, priority=400)  # before napoleon's
     app.connect("missing-reference", resolve_short_name)
     app.connect("autodoc-process-bases", hide_private_bases)
