@@ -10,10 +10,10 @@
 ``nearest_point``   its mode
 ==================  ======================================================================
 
-They dispatch on the kind of cells: whole space (any dimension), intervals, polygons.
+They dispatch on the kind of cells: whole space (any dimension), intervals, polygons, polytopes.
 """
 
-from pyro_cpa.integrals import interval, polygon, whole_space
+from pyro_cpa.integrals import interval, polygon, polytope, whole_space
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, moments_where, sample
 from pyro_cpa.integrals.nearest import nearest_point
 
@@ -26,6 +26,7 @@ __all__ = [
     "moments_where",
     "nearest_point",
     "polygon",
+    "polytope",
     "sample",
     "whole_space",
 ]

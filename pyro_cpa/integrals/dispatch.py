@@ -32,8 +32,8 @@ class Moments(NamedTuple):
 def _unsupported(cells: Cells) -> UnsupportedModel:
     return UnsupportedModel(
         f"no Gaussian integrals are known for cells of type {type(cells).__name__}; "
-        "expected WholeSpace, Intervals or Polygons: use a latent space of dimension 1 or 2, or register "
-        "implementations for this type with pyro_cpa.integrals.dispatch"
+        "expected WholeSpace, Intervals, Polygons or Polytopes: register implementations for this type with "
+        "pyro_cpa.integrals.dispatch"
     )
 
 
@@ -90,7 +90,7 @@ def moments(cells: Cells, loc: Tensor, scale_tril: Tensor) -> Moments:
 
     Note:
         Means are right to 1e-9 of the truncated law's own standard deviation (as far as the rounding of the
-        result allows), covariances to a relative 1e-9.
+        result allows), covariances to a relative 1e-9; for polytopes to 1e-11 of the largest variance.
 
     Example:
         >>> import torch

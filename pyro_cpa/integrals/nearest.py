@@ -12,7 +12,8 @@ from torch import Tensor
 from pyro_cpa.errors import UnsupportedModel
 from pyro_cpa.integrals.polygon import map_pairs
 from pyro_cpa.integrals.polygon_frame import Edges, sight
-from pyro_cpa.partition.cells import Cells, Intervals, Polygons, WholeSpace
+from pyro_cpa.integrals.polytope import nearest_white
+from pyro_cpa.partition.cells import Cells, Intervals, Polygons, Polytopes, WholeSpace
 
 __all__ = ["nearest_point"]
 
@@ -62,3 +63,9 @@ def _polygons(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Tensor:
         return torch.stack([x + edges.c11 * view.yx, y + edges.c21 * view.yx + edges.c22 * view.yy])
 
     return map_pairs(cells, loc, scale_tril, 2, points).movedim(0, -1)
+
+
+@nearest_point.register
+@torch.no_grad()
+def _polytopes(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    return loc + (scale_tril @ nearest_white(cells, loc, scale_tril)[..., None])[..., 0]

@@ -31,5 +31,5 @@ def test_unknown_cells_are_named(function):
     class Tetrahedra(Cells):
         dim = 3
 
-    with pytest.raises(CPAError, match="Tetrahedra.*expected WholeSpace, Intervals or Polygons"):
+    with pytest.raises(CPAError, match="Tetrahedra.*expected WholeSpace, Intervals, Polygons or Polytopes"):
         function(Tetrahedra(), torch.zeros(1, 3), torch.eye(3).unsqueeze(0))
