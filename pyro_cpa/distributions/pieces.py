@@ -92,16 +92,19 @@ def _lower_factor(slopes: Tensor) -> Tensor:
     return factor
 
 
-def _solve(w: _Whitened, directions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances (N, R) of the data from the maps' images, prior included, and the latents (N, R, L) nearest."""
+def _solve(
+    w: _Whitened, directions: Tensor, inverse: Tensor, shift: Tensor, prior: GaussianPrior
+) -> tuple[Tensor, Tensor]:
+    """log k (N, R) and means (N, R, L) of all pairs, compiled; ``shift`` (R,) is what log k has from the region."""
     from .pieces_compiled import solve
 
     R, _, L = w.slopes.shape
     N = len(w.data)
-    square, latent = w.data.new_empty(N, R), w.data.new_empty(N, R, L)
-    shared = [array(field) for field in (w.slopes.mT, w.offsets, directions.mT, inverse)]
-    in_blocks(solve, shared, [(array(w.data), 0), (square.numpy(), 0), (latent.numpy(), 0)], N * R)
-    return square, latent
+    log_k, loc = w.data.new_empty(N, R), w.data.new_empty(N, R, L)
+    shared = (w.slopes.mT, w.offsets, directions.mT, inverse, shift, prior.loc, prior.scale_tril)
+    split = array(w.data), array(-0.5 * w.residual - w.log_det), log_k.numpy(), loc.numpy()
+    in_blocks(solve, [array(field) for field in shared], [(part, 0) for part in split], N * R)
+    return log_k, loc
 
 
 class PiecewiseJoint:
@@ -172,11 +175,11 @@ class PiecewiseJoint:
         # Least squares through the orthonormal columns A K^-1; its rounding only enters log k squared, because
         # the residual is evaluated at the solution rather than as a difference of squares.
         directions = w.slopes @ inverse
-        log_det = w.log_det[:, None] + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        shift = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        tril = self.prior.scale_tril
         if directions.dim() == 3 and runs_compiled(x):
-            square, u = _solve(w, directions, inverse)
-            square += w.residual[:, None]
-            return self._pieces(-0.5 * square - log_det, u, inverse)
+            log_k, loc = _solve(w, directions, inverse, shift, self.prior)
+            return Pieces(log_k, loc, tril @ inverse)
         distance = w.data[:, None] - w.offsets
         if directions.dim() == 3:
             projection = torch.einsum("nrd,rdl->nrl", distance, directions)
@@ -187,10 +190,7 @@ class PiecewiseJoint:
             u = (inverse @ projection[..., None])[..., 0]
             distance = distance - (w.slopes @ u[..., None])[..., 0]
         square = w.residual[:, None] + distance.square().sum(-1) + u.square().sum(-1)
-        return self._pieces(-0.5 * square - log_det, u, inverse)
-
-    def _pieces(self, log_k: Tensor, u: Tensor, inverse: Tensor) -> Pieces:
-        tril = self.prior.scale_tril
+        log_k = shift - w.log_det[:, None] - 0.5 * square
         return Pieces(log_k, self.prior.loc + u @ tril.mT, tril @ inverse)
 
     def _latent_whitened(self, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

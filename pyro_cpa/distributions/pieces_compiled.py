@@ -12,15 +12,17 @@ __all__ = ["solve"]
 
 # Sums may be reordered: rounding enters log k squared.
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
-def solve(slopes, offsets, directions, inverse, data, square, latent):
-    """The latents (N, R, L) nearest the data, and their squared distances, prior included, (N, R).
+def solve(slopes, offsets, directions, inverse, shift, loc, tril, data, datum_shift, log_k, latent):
+    """``log_k`` (N, R) and ``latent`` (N, R, L) of all pairs.
 
     Args:
         slopes, directions: (R, L, D) maps, and their orthonormal columns.
         offsets: (R, D).
         inverse: (R, L, L) inverse factors.
+        shift, datum_shift: (R,) and (N,), what is added to half the squared distances to give log k.
+        loc, tril: (L,) and (L, L), the prior: from whitened latents to latents.
         data: (N, D) whitened data.
-        square, latent: where the results go.
+        log_k, latent: where the results go.
     """
     R, L, D = slopes.shape
     distance, projection = np.empty(D), np.empty(L)
@@ -33,15 +35,17 @@ def solve(slopes, offsets, directions, inverse, data, square, latent):
                 for d in range(D):
                     total += directions[r, i, d] * distance[d]
                 projection[i] = total
-            whole = 0.0
+                latent[n, r, i] = loc[i]
+            square = 0.0
             for i in range(L):
                 u = 0.0
                 for j in range(L):
                     u += inverse[r, i, j] * projection[j]
-                latent[n, r, i] = u
-                whole += u * u
+                square += u * u
+                for j in range(i, L):
+                    latent[n, r, j] += tril[j, i] * u
                 for d in range(D):
                     distance[d] -= slopes[r, i, d] * u
             for d in range(D):
-                whole += distance[d] * distance[d]
-            square[n, r] = whole
+                square += distance[d] * distance[d]
+            log_k[n, r] = shift[r] + datum_shift[n] - 0.5 * square

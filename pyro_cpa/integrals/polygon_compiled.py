@@ -21,18 +21,17 @@ __all__ = ["bounds", "moments"]
 
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_HALF_PI = math.sqrt(0.5 * math.pi)
-# Gauss-Legendre rules, one after the other, that do panels up to these sizes (in units of ``polygon_slices``), and
-# slices up to these changes, to 1e-12. Across a slice the nodes come in pairs: the positive ones suffice.
-_SIZES, _PANEL_NODES = np.array([0.011, 0.03, 0.12, 0.3, np.inf]), (5, 6, 8, 11, 16)
-_CHANGES, _SLICE_NODES = np.array([0.03, SMOOTH, np.inf]), (4, 6, 12)
+# Gauss-Legendre rules, one after the other, that do panels up to these sizes (in units of ``polygon_slices``) to 1e-12.
+# Several nodes are worked on at a time, hence the multiples of four.
+_SIZES, _PANEL_NODES = np.array([0.12, 0.4, np.inf]), (8, 12, 16)
 _PANEL_RULES = np.array([node for count in _PANEL_NODES for node in gauss_legendre(count)])
-_SLICE_RULES = np.array([node for count in _SLICE_NODES for node in gauss_legendre(count)[count // 2 :]])
 _PANEL_STARTS = np.cumsum([0, *_PANEL_NODES])
-_SLICE_STARTS = np.cumsum([0, *(count // 2 for count in _SLICE_NODES)])
+# Changes that 4 and 6 nodes across a slice take to 1e-12; 12 nodes take what is left of thin cells, and wide slices to 5.
+_FLAT, _WIDE = 0.03, 5.0
 # Rows of the table of one cell's edges.
 _NX, _NY, _OFFSET, _START, _END, _UX, _UY, _SHRINK, _STRETCH, _GX, _GY, _H, _BASE, _FIRST, _LAST = range(15)
-_RISE, _RATE, _ACROSS = range(15, 18)
-_ROWS = 18
+_UP, _UP_RATE, _DOWN, _DOWN_RATE = range(15, 19)
+_ROWS = 19
 
 _compile = njit(nogil=True, cache=True, error_model="numpy")
 
@@ -97,64 +96,80 @@ def _longest(edge, count, distance):
     return at, False
 
 
-@_compile
-def _narrow(s0, center, radius, log_density, kind):
-    """Integrals of 1, eta, eta^2 over a slice across which the density changes by a modest factor."""
-    slope, curvature = (s0 + center) * radius, -0.5 * radius * radius
-    even, odd, square = 0.0, 0.0, 0.0
-    for k in range(_SLICE_STARTS[kind], _SLICE_STARTS[kind + 1]):
-        x, weight = _SLICE_RULES[k, 0], _SLICE_RULES[k, 1]
-        bend = curvature * x * x
-        growing, falling = math.exp(bend + slope * x), math.exp(bend - slope * x)
-        both = weight * (growing + falling)
-        even += both
-        odd += weight * x * (falling - growing)
-        square += both * x * x
-    scale = radius * math.exp(log_density - (s0 + 0.5 * center) * center)
-    even, odd, square = even * scale, odd * scale * radius, square * scale * radius * radius
-    return even, odd + center * even, square + 2.0 * center * odd + center * center * even
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"}, inline="always")
+def _exp(y):
+    """exp by its series for a 64th of the exponent: this runs on several numbers at a time, to 64 roundings."""
+    # Beyond, nothing counts beside the cell's nearest point, and the series no longer holds.
+    x = max(y, -150.0) / 64.0
+    high = 1 / 5040 + x * (
+        1 / 40320 + x * (1 / 362880 + x * (1 / 3628800 + x * (1 / 39916800 + x * (1 / 479001600))))
+    )
+    power = 1.0 + x * (
+        1.0 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * high)))))
+    )
+    for _ in range(6):
+        power *= power
+    return power
+
+
+def _quadrature_of_slices(count):
+    """Compiled: the integrals of 1, x, x^2, eta, x eta, eta^2 over (-1, 1) times slices, by ``count`` nodes on each."""
+    nodes, weights = np.array(gauss_legendre(count)).T.copy()
+
+    # Every term of the mass is positive: its sum may be reordered.
+    @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+    def integrate(t0, s0, middle, half, center, center_rate, radius, radius_rate, start, stop):
+        one, x_one, xx_one, first, x_first, second = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        for k in range(start, stop):
+            x, weight = _PANEL_RULES[k, 0], _PANEL_RULES[k, 1]
+            tau = middle + half * x
+            c, r = center + x * center_rate, radius + x * radius_rate
+            level = tau * (-0.5 * tau - t0) - (s0 + 0.5 * c) * c
+            slope, curvature = -(s0 + c) * r, -0.5 * r * r
+            even, odd, square = 0.0, 0.0, 0.0
+            for j in range(count):
+                y = nodes[j]
+                term = weights[j] * _exp(level + y * (slope + curvature * y))
+                even += term
+                odd += y * term
+                square += y * y * term
+            even, odd, square = weight * r * even, weight * r * r * odd, weight * r * r * r * square
+            eta = odd + c * even
+            one += even
+            x_one += x * even
+            xx_one += x * x * even
+            first += eta
+            x_first += x * eta
+            second += square + c * (odd + eta)
+        return one, x_one, xx_one, first, x_first, second
+
+    return integrate
+
+
+_flat, _smooth, _curved = (_quadrature_of_slices(count) for count in (4, 6, 12))
 
 
 @_compile
-def _smooth(s0, center, radius, log_density, kind):
-    """The same if the change is small, with the series of the hyperbolic functions instead of exponentials."""
-    slope, curvature = (s0 + center) * radius, -0.5 * radius * radius
-    even, odd, square = 0.0, 0.0, 0.0
-    for k in range(_SLICE_STARTS[kind], _SLICE_STARTS[kind + 1]):
-        x, weight = _SLICE_RULES[k, 0], _SLICE_RULES[k, 1]
-        xx = x * x
-        y, b = slope * slope * xx, curvature * xx
-        cosh = 1.0 + y * (
-            1 / 2 + y * (1 / 24 + y * (1 / 720 + y * (1 / 40320 + y * (1 / 3628800 + y / 479001600))))
-        )
-        sinh = 1.0 + y * (1 / 6 + y * (1 / 120 + y * (1 / 5040 + y * (1 / 362880 + y / 39916800))))
-        bend = 1.0 + b * (
-            1.0
-            + b
-            * (
-                1 / 2
-                + b * (1 / 6 + b * (1 / 24 + b * (1 / 120 + b * (1 / 720 + b * (1 / 5040 + b / 40320)))))
-            )
-        )
-        bend *= 2.0 * weight
-        even += bend * cosh
-        odd -= bend * xx * sinh
-        square += bend * xx * cosh
-    scale = radius * math.exp(log_density - (s0 + 0.5 * center) * center)
-    even, odd, square = even * scale, odd * slope * scale * radius, square * scale * radius * radius
-    return even, odd + center * even, square + 2.0 * center * odd + center * center * even
-
-
-@_compile
-def _wide(center, radius, log_density):
-    """The same for s0 = 0 over a slice of any width, from the side of the smaller tail."""
-    low, high = center - radius, center + radius
-    low_density = math.exp(log_density - 0.5 * low * low)
-    high_density = math.exp(log_density - 0.5 * high * high)
-    middle = abs(center)
-    tail = math.erfc((middle - radius) * _SQRT_HALF) - math.erfc((middle + radius) * _SQRT_HALF)
-    zeroth = tail * math.exp(log_density) * _SQRT_HALF_PI
-    return zeroth, low_density - high_density, zeroth + low * low_density - high * high_density
+def _wide(t0, middle, half, center, center_rate, radius, radius_rate, start, stop):
+    """The same for s0 = 0 over slices of any width, from the side of the smaller tail."""
+    one, x_one, xx_one, first, x_first, second = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for k in range(start, stop):
+        x, weight = _PANEL_RULES[k, 0], _PANEL_RULES[k, 1]
+        tau = middle + half * x
+        c, r = center + x * center_rate, radius + x * radius_rate
+        scale = weight * math.exp(tau * (-0.5 * tau - t0))
+        low, high = c - r, c + r
+        low_density, high_density = scale * math.exp(-0.5 * low * low), scale * math.exp(-0.5 * high * high)
+        tail = math.erfc((abs(c) - r) * _SQRT_HALF) - math.erfc((abs(c) + r) * _SQRT_HALF)
+        even = tail * scale * _SQRT_HALF_PI
+        eta = low_density - high_density
+        one += even
+        x_one += x * even
+        xx_one += x * x * even
+        first += eta
+        x_first += x * eta
+        second += even + low * low_density - high * high_density
+    return one, x_one, xx_one, first, x_first, second
 
 
 @_compile
@@ -168,40 +183,27 @@ def _panel(t0, s0, middle, half, center, center_rate, radius, radius_rate, sums)
     rule = 0
     while _SIZES[rule] < share * size:
         rule += 1
-    small, center_rate, radius_rate = share * half, share * center_rate, share * radius_rate
+    start, stop = _PANEL_STARTS[rule], _PANEL_STARTS[rule + 1]
+    small, c_rate, r_rate = share * half, share * center_rate, share * radius_rate
     for piece in range(pieces):
         shift = 2.0 * piece + 1.0 - pieces
-        at = middle + shift * small
-        mid_center, mid_radius = center + shift * center_rate, radius + shift * radius_rate
-        widest = mid_radius + abs(radius_rate)
-        change = widest * max(abs(s0 + mid_center) + abs(center_rate), 2.0 * widest)
-        kind = 0
-        while _CHANGES[kind] < change:
-            kind += 1
-        one, x1, x2, first, x_first, second = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        for k in range(_PANEL_STARTS[rule], _PANEL_STARTS[rule + 1]):
-            x, weight = _PANEL_RULES[k, 0], _PANEL_RULES[k, 1]
-            tau = at + small * x
-            log_density = tau * (-0.5 * tau - t0)
-            c, r = mid_center + x * center_rate, mid_radius + x * radius_rate
-            if kind < 2:
-                m0, m1, m2 = _smooth(s0, c, r, log_density, kind)
-            elif s0 != 0.0:
-                m0, m1, m2 = _narrow(s0, c, r, log_density, kind)
-            else:
-                m0, m1, m2 = _wide(c, r, log_density)
-            m0, m1 = weight * m0, weight * m1
-            one += m0
-            x1 += x * m0
-            x2 += x * x * m0
-            first += m1
-            x_first += x * m1
-            second += weight * m2
-        tau_1 = at * one + small * x1
+        at, c, r = middle + shift * small, center + shift * c_rate, radius + shift * r_rate
+        widest = r + abs(r_rate)
+        change = widest * max(abs(s0 + c) + abs(c_rate), 2.0 * widest)
+        if change <= _FLAT:
+            found = _flat(t0, s0, at, small, c, c_rate, r, r_rate, start, stop)
+        elif change <= SMOOTH:
+            found = _smooth(t0, s0, at, small, c, c_rate, r, r_rate, start, stop)
+        elif s0 != 0.0 or change <= _WIDE:
+            found = _curved(t0, s0, at, small, c, c_rate, r, r_rate, start, stop)
+        else:
+            found = _wide(t0, at, small, c, c_rate, r, r_rate, start, stop)
+        one, x_one, xx_one, first, x_first, second = found
+        tau_1 = at * one + small * x_one
         sums[0] += small * one
         sums[1] += small * tau_1
         sums[2] += small * first
-        sums[3] += small * (at * tau_1 + small * (at * x1 + small * x2))
+        sums[3] += small * (at * tau_1 + small * (at * x_one + small * xx_one))
         sums[4] += small * (at * first + small * x_first)
         sums[5] += small * second
 
@@ -219,14 +221,14 @@ def _panels(edge, count, t0, s0, breaks, number, sums):
         tau_1, tau_2 = middle - 0.5 * half, middle + 0.5 * half
         up_1, up_2, down_1, down_2 = WINDOW, WINDOW, WINDOW, WINDOW
         for e in range(count):
-            reach_1, reach_2 = (
-                edge[_RISE, e] - edge[_RATE, e] * tau_1,
-                edge[_RISE, e] - edge[_RATE, e] * tau_2,
+            up, up_rate, down, down_rate = (
+                edge[_UP, e],
+                edge[_UP_RATE, e],
+                edge[_DOWN, e],
+                edge[_DOWN_RATE, e],
             )
-            if edge[_ACROSS, e] > 0.0:
-                up_1, up_2 = min(up_1, reach_1), min(up_2, reach_2)
-            else:
-                down_1, down_2 = min(down_1, -reach_1), min(down_2, -reach_2)
+            up_1, up_2 = min(up_1, up - up_rate * tau_1), min(up_2, up - up_rate * tau_2)
+            down_1, down_2 = min(down_1, down - down_rate * tau_1), min(down_2, down - down_rate * tau_2)
         radius = 0.25 * ((up_1 + down_1) + (up_2 + down_2))
         if radius > 0.0:
             radius_rate = 0.5 * ((up_2 - up_1) + (down_2 - down_1))
@@ -305,7 +307,10 @@ def _pair(normals, offsets, starts, ends, mx, my, c11, c21, c22, edge, breaks, s
         else:
             heading = -across * edge[_STRETCH, e]
             first, last = edge[_START, e] * heading + shift, edge[_END, e] * heading + shift
-        edge[_RISE, e], edge[_RATE, e], edge[_ACROSS, e] = slack / across, along / across, across
+        # How far the edge lets the slices reach up or down from the axis.
+        rise, rate = slack / across, along / across
+        edge[_UP, e], edge[_UP_RATE, e] = (rise, rate) if across > 0.0 else (np.inf, 0.0)
+        edge[_DOWN, e], edge[_DOWN_RATE, e] = (np.inf, 0.0) if across > 0.0 else (-rise, -rate)
         # Where an edge leaves the window |eta| <= WINDOW the window bounds the slice instead.
         left, right = (slack - WINDOW * across) / along, (slack + WINDOW * across) / along
         left, right = min(left, right), max(left, right)
