@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..distributions.fisher import expected_statistics
 from ..distributions.parameters import check_data
+from ..distributions.pieces import PiecewiseJoint
 from ..distributions.statistics import SufficientStatistics
 from ..errors import CPAError, InvalidData, UnsupportedModel
 from ..partition import Network, Partition
@@ -70,14 +71,23 @@ class EM(AbstractExactFit):
             prior) with rounds of L-BFGS on the exact evidence, which take over the hidden layers.
         lbfgs_iterations: iterations of one such round.
         warm_up: sweeps before the first round.
+        process_group: a ``torch.distributed`` group (gloo or nccl), each process of which calls every method with
+            rows of its own, at least one; None for one process.
 
     Raises:
         UnsupportedModel: the guide is not exact, a plate is subsampled, or a block has nothing to update.
         InvalidData: the noise variance of a dimension reaches zero.
+        CPAError: in every process, what one of them raised on its rows, or that one cannot be reached.
 
     Note:
         Memory is O(R (L + 1)(D + L)) plus one chunk of data. A step costs one E-step per accepted block (its statistics
         serve the next block) plus one per halving. Missing data (NaN) are part of the E-step.
+
+        With ``process_group`` the result is that of one process with all rows, up to rounding, from the parameters of
+        process 0, and has the same bits in all. Communicated per E-step: one all-reduce of
+        R (L + 1)(L + 1 + D) + D + 1 float64 numbers (with a full noise covariance D^2 in the place of D), 8 bytes each,
+        whatever the number of data, and a few integers of bookkeeping; per block one broadcast of its parameters; for
+        ``accelerate`` see :class:`ExactML`.
 
     References:
         R. Balestriero, S. Paris, R. Baraniuk (2020), "Analytical Probability Distributions and Exact
@@ -110,8 +120,9 @@ class EM(AbstractExactFit):
         accelerate: str | None = None,
         lbfgs_iterations: int = 50,
         warm_up: int = 10,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(model, guide, ridge=ridge)
+        super().__init__(model, guide, ridge=ridge, process_group=process_group)
         known = ("output", "noise", "hidden", "prior")
         if blocks is not None and (unknown := [b for b in blocks if b not in known]):
             raise CPAError(f"blocks holds {unknown}: expected a selection of {known}")
@@ -126,6 +137,7 @@ class EM(AbstractExactFit):
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One sweep over the blocks; returns the exact -log p(x) before it, summed over the data."""
         start = time.perf_counter()
+        self._agree(*args, **kwargs)
         before = state = self._e_step(*args, **kwargs)
         accepted: dict[str, float] = {}
         climbing = self._round is not None and len(self.history) >= self.warm_up
@@ -144,20 +156,22 @@ class EM(AbstractExactFit):
         return -before.log_evidence
 
     def _e_step(self, *args: Any, **kwargs: Any) -> _EStep:
-        problem = self._problem(*args, **kwargs)
-        partition = self.guide.partition()
-        last = self._last
-        if last is not None and last.partition is partition and _unchanged(last.problem, problem):
+        problem, last = self._problem(*args, **kwargs), self._last
+
+        def unchanged() -> bool:
+            partition = self.guide.partition()
+            return last is not None and last.partition is partition and _unchanged(last.problem, problem)
+
+        if self._processes.all(unchanged) and last is not None:
             return last
         with torch.no_grad():
-            joint = self.guide.joint(problem)
-            x = check_data(problem.x, partition.data_dim)
-            if len(x) == 0:
-                raise InvalidData("the data has no rows: EM needs at least one")
-            log_prob, statistics = expected_statistics(joint, x)
-            log_evidence = log_prob.sum().item()
+            partition, joint = self.guide.partition(), self.guide.joint(problem)
+            total, *sums = self._processes.sum(lambda: _expectations(joint, problem.x))
+            log_evidence = total.item()
             objective = log_evidence - self._penalty().item()
-        return _EStep(problem, partition, joint.noise.scale, statistics, log_evidence, objective)
+        return _EStep(
+            problem, partition, joint.noise.scale, SufficientStatistics(*sums), log_evidence, objective
+        )
 
     def _plan(self, state: _EStep) -> list[tuple[str, Callable[[_EStep], list[tuple[Target, Tensor]]], bool]]:
         """Name, proposal and whether walls move, of every block that this model has."""
@@ -197,6 +211,8 @@ class EM(AbstractExactFit):
     ) -> tuple[_EStep, float]:
         """Write a proposal; keep it, shortened if need be, only if the exact objective does not fall."""
         proposal = propose(state)
+        # Linear algebra need not give the same bits in every process; proposals that differ would part them for good.
+        self._processes.broadcast([new for _, new in proposal])
         kept = [target.get() for target, _ in proposal]
         tolerance = ROUNDING * abs(state.objective)
         try:
@@ -303,6 +319,15 @@ class EM(AbstractExactFit):
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _expectations(joint: PiecewiseJoint, x: Tensor) -> list[Tensor]:
+    """log p(X) and the sufficient statistics of the rows of x."""
+    x = check_data(x, joint.slopes.shape[1])
+    if len(x) == 0:
+        raise InvalidData("the data has no rows: EM needs at least one (in each process)")
+    log_prob, statistics = expected_statistics(joint, x)
+    return [log_prob.sum(), statistics.zz, statistics.xz, statistics.xx]
 
 
 def _unchanged(old: ExactProblem, new: ExactProblem) -> bool:

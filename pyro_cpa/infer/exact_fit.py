@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..errors import InvalidData, UnsupportedModel
 from .autoguide import AutoCPAPosterior
 from .lbfgs import HISTORY, climb
 from .parameters import trainable
+from .process_group import Processes, led_by_first
 from .structure import ExactProblem
 
 __all__ = ["AbstractExactFit", "LBFGSRound", "StepRecord"]
@@ -50,9 +51,17 @@ class AbstractExactFit(SVI):
         model: a Pyro model that :class:`AutoCPAPosterior` accepts.
         guide: its :class:`AutoCPAPosterior`.
         ridge: precision of a zero-mean Gaussian prior on the decoder's weights (biases are free).
+        process_group: a ``torch.distributed`` group among whose processes the rows of the data are divided.
     """
 
-    def __init__(self, model: Callable[..., Any], guide: AutoCPAPosterior, *, ridge: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: AutoCPAPosterior,
+        *,
+        ridge: float = 0.0,
+        process_group: Any = None,
+    ) -> None:
         if not isinstance(guide, AutoCPAPosterior):
             raise UnsupportedModel(
                 f"the guide is a {type(guide).__name__}: {type(self).__name__} needs the exact posterior, "
@@ -65,15 +74,17 @@ class AbstractExactFit(SVI):
         self.ridge = ridge
         self.history: list[StepRecord] = []
         self._rows = 0
+        self._processes = Processes(process_group)
+        self._agreed = False
 
     @abstractmethod
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One step; returns the exact -log p(x) before it, summed over the data."""
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """Exact -log p(x), summed over the data."""
+        """Exact -log p(x), summed over the data (of all processes)."""
         with torch.no_grad():
-            return -self.guide.log_evidence(*args, **kwargs).double().sum().item()
+            return -self._log_evidence((), *args, **kwargs).item()
 
     def run(
         self,
@@ -96,7 +107,9 @@ class AbstractExactFit(SVI):
         Returns:
             ``self.history``, to which this run's steps were appended.
         """
-        with tqdm(total=num_steps, disable=not progress, desc=type(self).__name__) as bar:
+        with tqdm(
+            total=num_steps, disable=not progress or self._processes.rank > 0, desc=type(self).__name__
+        ) as bar:
             for _ in range(num_steps):
                 self.step(*args, **kwargs)
                 record = self.history[-1]
@@ -110,6 +123,16 @@ class AbstractExactFit(SVI):
         return self.history
 
     def _problem(self, *args: Any, **kwargs: Any) -> ExactProblem:
+        read: list[ExactProblem] = []
+
+        def count() -> list[Tensor]:
+            read.append(self._read(*args, **kwargs))
+            return [torch.tensor(float(read[0].x.shape[:-1].numel()), dtype=torch.float64)]
+
+        self._rows = int(self._processes.sum(count)[0])
+        return read[0]
+
+    def _read(self, *args: Any, **kwargs: Any) -> ExactProblem:
         problem = self.guide.problem(*args, **kwargs)
         for name in (problem.latent, problem.observed):
             for frame in problem.trace.nodes[name]["cond_indep_stack"]:
@@ -119,8 +142,37 @@ class AbstractExactFit(SVI):
                         "which it needs every row (memory stays bounded: rows are streamed). Drop subsample_size, or "
                         "use SVI with minibatches"
                     )
-        self._rows = problem.x.shape[:-1].numel()
         return problem
+
+    def _log_evidence(self, parameters: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Exact log p(X) of all processes, differentiable in ``parameters``."""
+        if self._processes.group is None:
+            return self.guide.log_evidence(*args, **kwargs).double().sum()
+
+        def here() -> list[Tensor]:
+            log_prob = self.guide.log_evidence(*args, **kwargs).double().sum()
+            if not parameters:
+                return [log_prob]
+            return [log_prob, *torch.autograd.grad(log_prob, list(parameters), materialize_grads=True)]
+
+        total, *gradients = self._processes.sum(here)
+        # Zero, with the derivative of the sum over all processes.
+        pairs = zip(parameters, gradients, strict=True)
+        return total + sum(((p - p.detach()) * g).sum().double() for p, g in pairs)
+
+    def _agree(self, *args: Any, **kwargs: Any) -> None:
+        """Before the first step, give every process the parameters of process 0."""
+        if self._processes.group is None or self._agreed:
+            return
+        trained = trainable(self._problem(*args, **kwargs), self.guide.decoder)
+        self._processes.broadcast(trained)
+        problem = self._problem(*args, **kwargs)
+        fixed = [problem.prior_loc, problem.prior_tril, problem.noise_scale]
+        decoder = self.guide.decoder
+        self._processes.check_same(
+            "prior, noise or decoder", [*fixed, *decoder.parameters(), *decoder.buffers()]
+        )
+        self._agreed = True
 
     def _penalty(self) -> Tensor:
         """ridge / 2 times the sum of squared weights of the decoder's linear layers and convolutions, differentiable."""
@@ -147,18 +199,27 @@ class LBFGSRound:
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[float, float]:
         """One round; returns the objective (evidence less penalty, summed) before it and after it."""
         fit = self.fit
+        parameters = trainable(fit._problem(*args, **kwargs), fit.guide.decoder)
+
+        def objective() -> Tensor:
+            return fit._log_evidence(parameters, *args, **kwargs) - fit._penalty()
+
+        def ascend(evaluate: Callable[[], Tensor]) -> tuple[float, float]:
+            values = climb(self._optimizer_of(parameters), evaluate, fit._rows)
+            return values[0], values[-1]
+
+        if fit._processes.group is None:
+            return ascend(objective)
+        return led_by_first(fit._processes, parameters, objective, ascend)
+
+    def _optimizer_of(self, parameters: list[Tensor]) -> torch.optim.LBFGS:
         if self._optimizer is None:
             self._optimizer = torch.optim.LBFGS(
-                trainable(fit._problem(*args, **kwargs), fit.guide.decoder),
+                parameters,
                 max_iter=self.iterations,
                 history_size=HISTORY,
                 tolerance_grad=1e-9,
                 tolerance_change=1e-12,
                 line_search_fn="strong_wolfe",
             )
-
-        def objective() -> Tensor:
-            return fit.guide.log_evidence(*args, **kwargs).double().sum() - fit._penalty()
-
-        values = climb(self._optimizer, objective, fit._rows)
-        return values[0], values[-1]
+        return self._optimizer

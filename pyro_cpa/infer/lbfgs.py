@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import CPAError, InvalidData
+from ..errors import InvalidData
+from .process_group import ProcessFailure
 
 __all__ = ["HISTORY", "climb"]
 
@@ -31,7 +32,7 @@ def climb(optimizer: torch.optim.LBFGS, objective: Callable[[], Tensor], rows: i
         The objective before, and after each evaluation that improved on it.
 
     Raises:
-        CPAError: whatever the first evaluation raises; InvalidData if it is not finite.
+        ValueError: whatever the first evaluation raises; InvalidData if it is not finite.
     """
     parameters = optimizer.param_groups[0]["params"]
     best = [p.detach().clone() for p in parameters]
@@ -42,10 +43,13 @@ def climb(optimizer: torch.optim.LBFGS, objective: Callable[[], Tensor], rows: i
         optimizer.zero_grad()
         try:
             total = objective()
-        except CPAError:
+        except ProcessFailure:
+            raise
+        except ValueError:
             if not history:
                 raise
-            # A probe of the line search went where there is no model (noise of 0 or inf, too many regions).
+            # A probe of the line search went where there is no model (noise of 0 or inf, too many regions); ValueError,
+            # of which a CPAError is one, is also what distributions raise that check their arguments.
             return _wall(-history[-1] / max(1, rows), parameters)
         if not bool(total.isfinite()):
             if not history:
