@@ -34,7 +34,7 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
     result is in the units of the data.
 
     Args:
-        n_latent: L, at most 2 where there are hidden layers.
+        n_latent: L, at most 3 where there are hidden layers.
         hidden: widths of the ReLU layers; ``()`` is factor analysis.
         noise: ``"diagonal"``, one scale per column, or ``"isotropic"``, one for all standardised columns.
         solver: ``"lbfgs"`` on the exact evidence, or ``"em"``, whose closed-form steps alternate with it.
@@ -62,7 +62,7 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
 
     Note:
         Exact: see :class:`~pyro_cpa.distributions.CPAMarginal`. A gradient step costs O(N R) Gaussian
-        integrals, R regions (at most of order H for L = 1, H^2 for L = 2).
+        integrals, R regions (at most of order H^L); one of L = 3 costs a hundred of L = 2.
 
     References:
         Balestriero, Paris, Baraniuk 2020, Analytical Probability Distributions and Exact

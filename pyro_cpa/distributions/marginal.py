@@ -47,7 +47,8 @@ class CPAMarginal(TorchDistribution):
     Shapes: batch_shape ``()``, event_shape ``(D,)``; expands to any batch shape, so that it can stand in a plate.
 
     Raises:
-        UnsupportedModule: the decoder is not piecewise affine, or has L > 2 and several regions.
+        UnsupportedModule: the decoder is not piecewise affine.
+        UnsupportedModel: L > 3 with several regions, once an integral is asked for.
         RegionBudgetExceeded: too many regions.
         InvalidData: parameters or data of the wrong shape, not finite, or not positive (definite).
 

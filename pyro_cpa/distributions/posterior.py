@@ -188,7 +188,7 @@ class CPAPosterior(TorchDistribution):
         return self._shaped(self._mixture_moments()[1].diagonal(dim1=-2, dim2=-1))
 
     def quantiles(self, levels: Sequence[float] | Tensor) -> Tensor:
-        """Exact quantiles of every latent coordinate, by bisection on its exact distribution function.
+        """Exact quantiles of every latent coordinate, by solving its exact distribution function.
 
         Args:
             levels: Q probabilities strictly between 0 and 1.

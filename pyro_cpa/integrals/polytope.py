@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_cpa.errors import UnsupportedModel
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
 from pyro_cpa.integrals.normal import HALF_LOG_2PI, at_a_time
 from pyro_cpa.integrals.polytope_frame import facing, whiten
@@ -20,6 +21,15 @@ from pyro_cpa.integrals.polytope_slices import slice_log_mass, slice_moments
 from pyro_cpa.partition.cells import Polytopes
 
 __all__ = ["map_pairs", "nearest_white"]
+
+
+def _only_three(cells: Polytopes) -> None:
+    if cells.dim != 3:
+        raise UnsupportedModel(
+            f"no Gaussian integrals are known for polytopes of dimension {cells.dim}; expected 3: use a latent "
+            "space of at most 3 dimensions, or an affine decoder"
+        )
+
 
 _CHUNK = 256  # pairs per thread worked on at a time; each is cut into some 80 slices
 _LIGHT = 8192  # the same where only the nearest point is found
@@ -85,12 +95,14 @@ def _pair_moments(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
 @log_mass.register
 @torch.no_grad()
 def _log_mass(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    _only_three(cells)
     return map_pairs(cells, loc, scale_tril, 1, _pair_log_mass)[..., 0]
 
 
 @moments.register
 @torch.no_grad()
 def _moments(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Moments:
+    _only_three(cells)
     found = map_pairs(cells, loc, scale_tril, 13, _pair_moments)
     return Moments(found[..., 0], found[..., 1:4], found[..., 4:].unflatten(-1, (3, 3)))
 
@@ -124,6 +136,7 @@ def nearest_white(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
 @sample.register
 @torch.no_grad()
 def _sample(cells: Polytopes, loc: Tensor, scale_tril: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    _only_three(cells)
     count, L = math.prod(sample_shape), loc.shape[-1]
 
     def draw(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:

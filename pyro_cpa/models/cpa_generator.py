@@ -44,7 +44,7 @@ class CPAGenerator(AbstractLatentModel):
 
     Args:
         data_dim: D.
-        latent_dim: L, at most 2 unless the decoder is affine.
+        latent_dim: L, at most 3 unless the decoder is affine.
         hidden_dims: Widths of the decoder's hidden layers; none for an affine decoder.
         activation: Makes the piecewise-linear activation module of the hidden layers.
         decoder: A module R^L -> R^D instead of the one that ``hidden_dims`` and ``activation`` describe.

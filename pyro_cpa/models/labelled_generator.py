@@ -40,7 +40,7 @@ class AbstractLabelledGenerator(AbstractLatentModel):
     Args:
         data_dim: D.
         num_classes: C; labels are integers 0, ..., C-1.
-        latent_dim: L, at most 2 unless the decoder is affine.
+        latent_dim: L, at most 3 unless the decoder is affine.
         label_in: Where y enters: "prior", "decoder" or "both".
         hidden_dims: Widths of the decoder's hidden layers.
         activation: Makes the piecewise-linear activation module of the hidden layers.
