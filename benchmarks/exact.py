@@ -234,9 +234,9 @@ def _guided(model: Published) -> tuple[Published, AutoCPAPosterior]:
 
 FITS = {
     "EM": lambda model: (EM(*_guided(model)), {"num_steps": 75, "tol": 0.0}),
-    "EM+L-BFGS": lambda model: (EM(*_guided(model), accelerate="lbfgs"), {"num_steps": 24, "tol": 2e-3}),
-    "ExactML": lambda model: (ExactML(*_guided(model)), {"num_steps": 24, "tol": 2e-3}),
-    "L-BFGS alone": lambda model: (ExactML(*_guided(model), warm_start=0), {"num_steps": 14, "tol": 2e-3}),
+    "EM+L-BFGS": lambda model: (EM(*_guided(model), accelerate="lbfgs"), {"num_steps": 40, "tol": 5e-3}),
+    "ExactML": lambda model: (ExactML(*_guided(model)), {"num_steps": 40, "tol": 5e-3}),
+    "L-BFGS alone": lambda model: (ExactML(*_guided(model), warm_start=0), {"num_steps": 28, "tol": 5e-3}),
 }
 
 

@@ -118,7 +118,7 @@ class EM(AbstractExactFit):
         blocks: Sequence[str] | None = None,
         ridge: float = 0.0,
         accelerate: str | None = None,
-        lbfgs_iterations: int = 50,
+        lbfgs_iterations: int = 25,
         warm_up: int = 10,
         process_group: Any = None,
     ) -> None:

@@ -66,7 +66,7 @@ class ExactML(AbstractExactFit):
         guide: AutoCPAPosterior,
         *,
         ridge: float = 0.0,
-        iterations_per_step: int = 50,
+        iterations_per_step: int = 25,
         warm_start: int = 10,
         process_group: Any = None,
     ) -> None:
