@@ -11,7 +11,7 @@ VENV312 ?= .venv312
 RUN = OMP_NUM_THREADS=1
 ARGS_TEST ?= -n 2
 
-.PHONY: demo test test-arviz1 tutorials lint types docs package clean
+.PHONY: demo test test-arviz1 tutorials benchmarks benchmarks-smoke lint types docs package clean
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,20 @@ test: $(VENV)/installed-test lint types
 # All notebooks in full, their outputs stored in place.
 tutorials: $(VENV)/installed-tutorials
 	$(BIN)/python tutorials/run.py $(ARGS)
+
+# The papers' tables, as far as ARGS="--minutes M", minutes of CPU time of each net, lets them go; all resume.
+BENCHMARK = OMP_NUM_THREADS=1 $(BIN)/python benchmarks
+benchmarks: $(VENV)/installed-test
+	$(BENCHMARK)/bounds.py
+	$(BENCHMARK)/toys.py
+	$(BENCHMARK)/helmholtz.py $(ARGS)
+	$(BENCHMARK)/discrete_mnist.py $(ARGS)
+	$(BENCHMARK)/models.py --dataset mnist --all $(ARGS)
+	$(BENCHMARK)/results_page.py
+
+# Every script of benchmarks in seconds; part of make test.
+benchmarks-smoke: $(VENV)/installed-test
+	$(RUN) $(BIN)/python -m pytest $(ARGS_TEST) tests/test_benchmarks.py $(ARGS)
 
 # The parts that touch ArviZ, under ArviZ 1.x in an environment of its own.
 test-arviz1: $(VENV312)/installed

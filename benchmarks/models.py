@@ -1,15 +1,18 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-"""Every deep model at the size of its paper, trained on Fashion-MNIST and measured on its test rows.
+"""Every deep model at the size of its paper, trained on Fashion-MNIST or MNIST and measured on its test rows.
 
     python benchmarks/models.py --model vae --epochs 5       # one model; --seed S, --data PATH
+    python benchmarks/models.py --dataset mnist --model vae --epochs 46     # as the tutorial's authors did
     python benchmarks/models.py --all --epochs 0.5           # all of them; a fraction of an epoch is allowed
     python benchmarks/models.py --all --smoke                # enlarged digits, in seconds; writes nothing
 
 A run that was killed, or that is asked for more epochs, resumes from benchmarks/checkpoints. The result is one
-row of benchmarks/results/models_fashion_mnist.csv, in nats an image, with the command that makes it, and for
-models that generate a given class a picture, benchmarks/results/models_MODEL_seedS.png. On Debian the data come
-with the package dataset-fashion-mnist. Nothing here is comparable with published figures for MNIST.
+row of benchmarks/results/models_fashion_mnist.csv or models_mnist.csv, in nats an image, with the command that makes it,
+and for models that generate a given class a picture, benchmarks/results/models_MODEL_seedS.png or
+models_mnist_MODEL_seedS.png. On Debian Fashion-MNIST comes with the package dataset-fashion-mnist; its figures are not
+comparable with published ones for MNIST. Three coupled nets share architecture and data: the weights tied and trained in
+both directions, untied and trained so, and the classifier alone.
 
 Evidence is estimated on the first test rows by importance sampling from the guide. Two standard errors are
 given: that of the mean over rows, and that of the sampling, which means little where the median effective sample
@@ -18,37 +21,31 @@ size (ESS) is near 1: the figure is then a lower bound, far below the evidence p
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
-import platform
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pyro
 import torch
 from matplotlib.figure import Figure
 from pyro.infer import Trace_ELBO
-from torch import Tensor
+from runs import Folders, Limits, arguments, batches, folders, provenance, put, train
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_cpa import __version__
 from pyro_cpa.datasets import (
     Dataset,
     binarize,
     dequantize,
     load_digits,
     load_fashion_mnist,
-    minibatches,
+    load_mnist,
     row_sequences,
 )
 from pyro_cpa.errors import InvalidData
-from pyro_cpa.infer import TVO, AnalyticELBO, BiHelmholtzELBO, LogUniform, load_checkpoint, save_checkpoint
+from pyro_cpa.infer import TVO, AnalyticELBO, BiHelmholtzELBO, LogUniform
 from pyro_cpa.models import (
     VAE,
     BidirectionalHelmholtzMachine,
@@ -60,8 +57,7 @@ from pyro_cpa.models import (
     cluster_accuracy,
 )
 
-HERE = Path(__file__).parent
-SAVE_SECONDS = 60.0
+LOADERS = {"fashion_mnist": load_fashion_mnist, "mnist": load_mnist}
 ROWS_AT_ONCE = 10_000  # test rows x particles in memory at a time
 VECTORISED: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1}
 
@@ -141,7 +137,7 @@ def classification(model: CoupledSigmoidNet, x: Tensor, y: Tensor) -> dict[str, 
 
 
 def helmholtz(model: BidirectionalHelmholtzMachine, x: Tensor, y: Tensor) -> dict[str, str]:
-    two_log_z = model.two_log_z(10_000, 10)
+    two_log_z = model.two_log_z(min(10_000, 20 * len(x)), 10)
     tilde = torch.cat([model.log_p_tilde(part, 200).value for part in x[:500].split(50)]).mean()
     return {
         "log p~*": f"{tilde:.2f}",
@@ -149,7 +145,16 @@ def helmholtz(model: BidirectionalHelmholtzMachine, x: Tensor, y: Tensor) -> dic
     }
 
 
-def coupled(weights: tuple[float, float, float], setting: str) -> Recipe:
+def untied(net: CoupledSigmoidNet) -> CoupledSigmoidNet:
+    """The same net, generation with weights of its own that start as the shared ones."""
+    for module in net.generation:
+        module.weight = nn.Parameter(module.weight.detach().clone())
+        if hasattr(module, "class_bias"):
+            module.class_bias = nn.Parameter(module.class_bias.detach().clone())
+    return net
+
+
+def coupled(weights: tuple[float, float, float], setting: str, tied: bool = True) -> Recipe:
     """The coupled net under a mixture of generation, recognition and discrimination."""
 
     def loss(net: CoupledSigmoidNet) -> Callable[[Tensor, Tensor], Tensor]:
@@ -159,7 +164,9 @@ def coupled(weights: tuple[float, float, float], setting: str) -> Recipe:
         )
 
     return Recipe(
-        build=lambda x: CoupledSigmoidNet(784, (500, 500), num_classes=10),
+        build=lambda x: (CoupledSigmoidNet if tied else lambda *a, **k: untied(CoupledSigmoidNet(*a, **k)))(
+            784, (500, 500), num_classes=10
+        ),
         prepare=thresholded,
         loss=loss,
         setting=setting,
@@ -214,6 +221,11 @@ RECIPES = {
         lr=3e-4,
     ),
     "coupled": coupled((1.0, 1.0, 0.0), "generation + recognition, labelled; pixels above 0.5"),
+    "coupled-untied": coupled(
+        (1.0, 1.0, 0.0),
+        "generation + recognition, labelled, two sets of weights; pixels above 0.5",
+        tied=False,
+    ),
     "coupled-mixed": coupled(
         (1.0, 1.0, 10.0), "generation + recognition + 10 discrimination; pixels above 0.5"
     ),
@@ -227,74 +239,6 @@ RECIPES = {
         also=helmholtz,
     ),
 }
-
-
-# ---- training --------------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Steps taken and seconds spent, over all runs of a checkpoint."""
-
-    def __init__(self) -> None:
-        self.steps, self.wall, self.cpu = 0, 0.0, 0.0
-
-    def state_dict(self) -> dict[str, float]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
-def batches(x: Tensor, y: Tensor, size: int, seed: int, steps: int) -> Iterator[tuple[Tensor, ...]]:
-    """Shuffled minibatches without end, the first ``steps`` left out."""
-    epoch, done = divmod(steps, math.ceil(len(x) / size))
-    while True:
-        for index, batch in enumerate(minibatches(x, y, batch_size=size, seed=seed, epoch=epoch)):
-            if index >= done:
-                yield batch  # type: ignore[misc]  # neither is None
-        epoch, done = epoch + 1, 0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where training stops: epochs in all, those of a checkpoint included, or minutes of this run."""
-
-    epochs: float
-    minutes: float
-
-
-def train(
-    recipe: Recipe, model: Any, x: Tensor, y: Tensor, limits: Limits, seed: int, path: Path
-) -> Progress:
-    """Train up to the limits, from the checkpoint at ``path`` if there is one."""
-    total = max(1, round(limits.epochs * math.ceil(len(x) / recipe.batch_size)))
-    optim = torch.optim.Adam(model.parameters(), recipe.lr)
-    progress, loss = Progress(), recipe.loss(model)
-    parts = {"model": model, "optim": optim, "progress": progress}
-    if path.exists():
-        load_checkpoint(path, **parts)
-    model.train()
-    source = batches(x, y, recipe.batch_size, seed, progress.steps)
-    saved = time.perf_counter(), time.process_time()
-    deadline = saved[0] + 60 * limits.minutes
-    smooth = math.nan
-    with tqdm(total=total, initial=progress.steps, desc=path.stem, mininterval=2.0) as bar:
-        while progress.steps < total and saved[0] < deadline:
-            optim.zero_grad()
-            value = loss(*next(source))
-            value.backward()
-            optim.step()
-            progress.steps += 1
-            smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
-            bar.update()
-            bar.set_postfix(loss=f"{smooth:.2f}", refresh=False)
-            now = time.perf_counter(), time.process_time()
-            if now[0] > min(saved[0] + SAVE_SECONDS, deadline) or progress.steps == total:
-                progress.wall += now[0] - saved[0]
-                progress.cpu += now[1] - saved[1]
-                saved = now
-                save_checkpoint(path, **parts)
-    return progress
 
 
 # ---- measurement -----------------------------------------------------------------------------------------
@@ -339,23 +283,32 @@ def picture(model: Any, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def run(name: str, data: Dataset, limits: Limits, seed: int, folders: dict[str, Path], smoke: bool) -> dict:
-    """One row of the table: train or resume, measure, draw."""
-    recipe = RECIPES[name]
+def run(
+    name: str, data: Dataset, limits: tuple[float, float], options: Any, place: Folders
+) -> dict[str, Any]:
+    """One row of the table: train or resume up to (epochs, minutes), measure, draw."""
+    recipe, seed, smoke = RECIPES[name], options.seed, options.smoke
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     if data.y_train is None or data.y_test is None:
-        raise InvalidData("the data have no labels; expected Fashion-MNIST's, with y_train and y_test.")
+        raise InvalidData("the data have no labels; expected y_train and y_test besides the images.")
     num_train, num_test = (200, 50) if smoke else (len(data.x_train), len(data.x_test))
     x, x_test = (recipe.prepare(part) for part in (data.x_train[:num_train], data.x_test[:num_test]))
     y, y_test = data.y_train[:num_train], data.y_test[:num_test]
     steps_per_epoch = math.ceil(len(x) / recipe.batch_size)
     model = recipe.build(x)
-    path = folders["checkpoints"] / f"{name}_seed{seed}.pt"
-    progress = train(recipe, model, x, y, limits, seed, path)
+    prefix = "" if options.dataset == "fashion_mnist" else f"{options.dataset}_"
+    progress = train(
+        model,
+        recipe.loss(model),
+        lambda done: batches(x, y, size=recipe.batch_size, seed=seed, steps=done),
+        recipe.lr,
+        Limits(max(1, round(limits[0] * steps_per_epoch)), limits[1]),
+        place.checkpoints / f"{prefix}{name}_seed{seed}.pt",
+    )
     found = measure(recipe, model, x_test, y_test, smoke)
     if name in ("cvae", "gmvae") or name.startswith("coupled"):
-        picture(model, folders["results"] / f"models_{name}_seed{seed}.png")
+        picture(model, place.results / f"models_{prefix}{name}_seed{seed}.png")
     reached = f"{progress.steps / steps_per_epoch:.6g}"
     return {
         "model": name,
@@ -368,15 +321,14 @@ def run(name: str, data: Dataset, limits: Limits, seed: int, folders: dict[str, 
         **found,
         "training wall s": f"{progress.wall:.0f}",
         "training CPU s": f"{progress.cpu:.0f}",
-        "threads": torch.get_num_threads(),
-        "versions": f"pyro_cpa {__version__}, torch {torch.__version__}, pyro {pyro.__version__}, "
-        f"Python {platform.python_version()}, matplotlib {matplotlib.__version__}",
-        "command": f"python benchmarks/models.py --model {name} --epochs {reached} --seed {seed}",
+        **provenance(),
+        "command": f"python benchmarks/models.py --dataset {options.dataset} --model {name} --epochs {reached} "
+        f"--seed {seed}",
     }
 
 
 def enlarged_digits() -> Dataset:
-    """scikit-learn's digits at the size of Fashion-MNIST, for a check that needs no download."""
+    """scikit-learn's digits at the size of MNIST, for a check that needs no download."""
 
     def enlarge(x: Tensor) -> Tensor:
         tiles = x.unflatten(-1, (8, 8)).repeat_interleave(3, -2).repeat_interleave(3, -1)
@@ -388,51 +340,24 @@ def enlarged_digits() -> Dataset:
     )
 
 
-def write(row: dict, path: Path) -> None:
-    """Puts the row in the table in place of an older one of the same model and seed."""
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    key = (row["model"], str(row["seed"]))
-    rows = [old for old in rows if (old["model"], old["seed"]) != key] + [row]
-    heads = list(dict.fromkeys(head for one in rows for head in one))
-    last = ["training wall s", "training CPU s", "threads", "versions", "command"]
-    heads = [head for head in heads if head not in last] + last
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, heads, restval="")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda one: (list(RECIPES).index(one["model"]), int(one["seed"]))))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "folder or .npz file of the data set")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", choices=RECIPES)
     which.add_argument("--all", action="store_true", help="every model in turn")
+    parser.add_argument("--dataset", choices=LOADERS, default="fashion_mnist")
     parser.add_argument("--epochs", type=float, default=5.0, help="in all, those of a checkpoint included")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of training of each model, at most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", help="folder or .npz file of Fashion-MNIST; default: where Debian puts it")
     parser.add_argument(
-        "--smoke", action="store_true", help="half an epoch of 200 digits; figures mean nothing"
+        "--minutes", type=float, default=math.inf, help="CPU minutes of training of each model, at most"
     )
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    data = enlarged_digits() if options.smoke else load_fashion_mnist(options.data)
-    limits = Limits(options.epochs, options.minutes)
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = {
-            name: Path(scratch) if options.smoke else HERE / name for name in ("checkpoints", "results")
-        }
-        if options.smoke:
-            limits = Limits(epochs=0.5, minutes=1.0)
-        for folder in folders.values():
-            folder.mkdir(exist_ok=True)
+    data = enlarged_digits() if options.smoke else LOADERS[options.dataset](options.data)
+    limits = (0.5, 1.0) if options.smoke else (options.epochs, options.minutes)
+    with folders(options.smoke) as place:
         for name in RECIPES if options.all else [options.model]:
-            row = run(name, data, limits, options.seed, folders, options.smoke)
-            write(row, folders["results"] / "models_fashion_mnist.csv")
+            row = run(name, data, limits, options, place)
+            put(place.results / f"models_{options.dataset}.csv", [row], ("model", "seed"))
             print("\n" + "\n".join(f"{head:>34}  {value}" for head, value in row.items()), flush=True)
 
 

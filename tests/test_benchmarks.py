@@ -1,10 +1,13 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-"""Every script under ``benchmarks`` runs, and the page that one of them writes has a place for each table."""
+"""Every script under ``benchmarks`` runs, and the pages that they write hold the figures of their tables."""
 
 from __future__ import annotations
 
+import csv
+import importlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -13,10 +16,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
-    path.name for path in (ROOT / "benchmarks").glob("*.py") if "\nif __name__ ==" in path.read_text()
+    path.name
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if "\nif __name__ ==" in path.read_text() and path.name != "results_page.py"
 )
 # What a script must be told besides --smoke.
 ARGUMENTS = {"models.py": ["--all"]}
@@ -63,3 +69,69 @@ def test_tables_are_inserted_between_their_markers():
     assert script.insert(page, "t", "new") == page.replace("old", "new")
     with pytest.raises(ValueError, match="0 places"):
         script.insert(page, "other", "new")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_results_page_shows_the_results(script):
+    """Otherwise: python benchmarks/results_page.py."""
+    assert (ROOT / "benchmarks/RESULTS.md").read_text() == script("results_page").page()
+
+
+def test_references_are_numbers_with_a_source():
+    with open(ROOT / "benchmarks/references.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["value"]) is not None for row in rows)
+    known = {"paper", "authors' stored run", "replication", "recollection"}
+    assert {row["source"] for row in rows} <= known
+    keys = [(row["table"], row["row"], row["quantity"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+
+
+def test_page_says_where_we_are_behind(script, tmp_path, monkeypatch):
+    page = script("results_page")
+    monkeypatch.setattr(page, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/helmholtz.csv").write_text(
+        "data set,objective,x,-log p,-log p*,epochs,training CPU s\nDNA,BiHM,bernoulli,90.0 +- 0.3,80.0,7,60\n"
+    )
+    reference = {"table": "helmholtz", "row": "DNA BiHM", "source": "paper"}
+    references = [
+        reference | {"quantity": "-log p", "value": "86.5"},
+        reference | {"quantity": "-log p*", "value": "86.5"},
+    ]
+    lines = page.section(page.TABLES[0], references)
+    (behind,) = [line for line in lines if line.startswith("- ")]
+    assert "DNA, BiHM, bernoulli: -log p is 90, 3.50 behind 86.5 (paper), after 7 epochs and 60 s" in behind
+
+
+def test_exclusive_columns_are_a_distribution(script):
+    """Probabilities of all allowed rows sum to one; groups of one column are independent Bernoulli entries."""
+    helmholtz = script("helmholtz")
+    x = torch.tensor([[1.0, 0, 0, 1, 0], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0]])
+    groups = helmholtz.exclusive_groups(x)
+    assert groups.tolist() == [[0, 1, 2], [3, 5, 5], [4, 5, 5]]
+    logits = torch.randn(5)
+    law = helmholtz.ExclusiveColumns(logits, groups)
+    rows = torch.tensor(list(itertools.product([0.0, 1.0], repeat=5)))
+    allowed = rows[rows[:, :3].sum(1) <= 1]
+    log_p = law.log_prob(allowed)
+    assert log_p.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+    draws = law.sample((20_000,))
+    assert draws[:, :3].sum(1).max() == 1
+    mean = (log_p.exp()[:, None] * allowed).sum(0)
+    error = (mean * (1 - mean) / len(draws)).sqrt()
+    assert bool(((draws.mean(0) - mean).abs() < 5 * error).all())
+    single = helmholtz.ExclusiveColumns(logits, torch.arange(5)[:, None])
+    bernoulli = torch.distributions.Bernoulli(logits=logits).log_prob(rows).sum(1)
+    assert torch.allclose(single.log_prob(rows), bernoulli, atol=1e-12)
+
+
+def test_missing_data_are_named_with_where_they_were_sought(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRO_CPA_DATA", str(tmp_path))
+    with pytest.raises(Exception, match=f"DNA was not found; sought: {tmp_path / 'dna.npz'}"):
+        script("runs").binary_table("dna", None)

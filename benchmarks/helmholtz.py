@@ -1,0 +1,393 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""Bidirectional Helmholtz machines on binary data sets, beside wake-sleep and VIMCO on the same nets.
+
+    python benchmarks/helmholtz.py                                      # all: some hours on one core
+    python benchmarks/helmholtz.py --data-set dna --objective BiHM --x exclusive --minutes 5
+    python benchmarks/helmholtz.py --smoke                              # the same in seconds; writes nothing
+
+Nets of the sizes that the method's paper used. One recipe for all: Adam on batches of 100, an L1 penalty on the
+weights, an exponential average of the weights that is measured on the validation rows, and a learning rate that falls by
+0.3 when this measure no longer improves, the last stage with more particles. The weights kept are those of the best
+measure; test rows are looked at once, after that.
+
+``--x bernoulli`` is the published model, independent Bernoulli entries given the first latent layer. ``--x exclusive``
+takes into account that the entries code attributes: neighbouring columns of which at most one is on in every training and
+validation row become one categorical output. No test row is used to find them; one that broke the rule would have
+probability zero and is counted.
+
+-log p, -log p~* and the effective sample sizes are means over test rows with S = 1000 particles, "+-" the standard error
+over rows. RWS has half a wake and half a sleep phase. 2 log Z has the relative standard error of Z^2. A run that was killed,
+or stopped by --minutes, resumes from benchmarks/checkpoints. Prints a table, kept in benchmarks/results/helmholtz.csv.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from runs import (
+    Folders,
+    Progress,
+    Stopwatch,
+    arguments,
+    batches,
+    binary_table,
+    folders,
+    provenance,
+    put,
+    show,
+)
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_cpa.datasets import Dataset
+from pyro_cpa.infer import (
+    BiHelmholtzELBO,
+    ImportanceWeightedELBO,
+    ReweightedWakeSleepELBO,
+    load_checkpoint,
+    save_checkpoint,
+)
+from pyro_cpa.models import BidirectionalHelmholtzMachine
+
+__all__: list[str] = []
+
+LAYERS = {
+    "adult": (100, 70, 50, 25),
+    "connect4": (300, 110, 50, 20),
+    "dna": (200, 150, 130, 100, 70, 50, 30, 20, 10),
+}
+OBJECTIVES = {
+    "BiHM": BiHelmholtzELBO,
+    "RWS": lambda S, **options: ReweightedWakeSleepELBO(S, insomnia=0.5, **options),
+    "VIMCO": lambda S, **options: ImportanceWeightedELBO(S, "vimco", **options),
+}
+OUTPUTS = ("bernoulli", "exclusive")
+EVERY = 50  # steps between two looks at the validation rows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a net is trained; the defaults are those of the table.
+
+    Args:
+        lr: of the first stage.
+        stages: factors of the learning rate, one a stage.
+        patience: looks without improvement after which a stage ends.
+        particles: S; the last stage has ``refine`` of them.
+        l1, l2: penalties on the weights (not biases), added to the sum over a batch.
+        average: decay of the average of the weights, per step.
+        transposed: whether recognition starts as the transpose of generation.
+    """
+
+    lr: float = 6e-3
+    stages: tuple[float, ...] = (1.0, 0.3, 0.1)
+    patience: int = 8
+    particles: int = 10
+    refine: int = 10
+    l1: float = 1e-2
+    l2: float = 0.0
+    average: float = 0.99
+    transposed: bool = False
+
+
+# ---- the model -------------------------------------------------------------------------------------------
+
+
+class ExclusiveColumns(TorchDistribution):
+    """Binary vectors with at most one entry on in each group of columns: a categorical for each group.
+
+    With groups of one column these are independent Bernoulli entries.
+
+    Args:
+        logits: (..., D), log-odds of each entry against "none of its group".
+        groups: (G, W) columns of each group, filled up with D.
+    """
+
+    arg_constraints = {"logits": constraints.real_vector}
+    support = constraints.independent(constraints.boolean, 1)
+
+    def __init__(self, logits: Tensor, groups: Tensor, validate_args: bool | None = None) -> None:
+        self.logits, self.groups = logits, groups
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ExclusiveColumns:
+        return ExclusiveColumns(self.logits.expand(*batch_shape, -1), self.groups, validate_args=False)
+
+    @property
+    def outcomes(self) -> Tensor:
+        """(..., G, 1 + W) logits, "none" first."""
+        none = self.logits.new_zeros(*self.logits.shape[:-1], 1)
+        padded = torch.cat([self.logits, none - math.inf], -1)[..., self.groups]
+        return torch.cat([none[..., None, :].expand(*padded.shape[:-1], 1), padded], -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return (value * self.logits).sum(-1) - self.outcomes.logsumexp(-1).sum(-1)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            chosen = torch.distributions.Categorical(logits=self.outcomes).sample(sample_shape)
+            on = torch.nn.functional.one_hot(chosen, self.groups.shape[1] + 1)[..., 1:].flatten(-2)
+            x = self.logits.new_zeros(*chosen.shape[:-1], self.event_shape[0] + 1)
+            return x.scatter_add_(-1, self.groups.flatten().expand(on.shape), on.to(x))[..., :-1]
+
+
+def exclusive_groups(x: Tensor) -> Tensor:
+    """(G, W) neighbouring columns of which at most one is on in every row of ``x``, filled up with D."""
+    together, groups = x.T @ x > 0, [[0]]
+    for column in range(1, x.shape[1]):
+        if together[column, groups[-1]].any():
+            groups.append([column])
+        else:
+            groups[-1].append(column)
+    width = max(map(len, groups))
+    return torch.tensor([group + [x.shape[1]] * (width - len(group)) for group in groups])
+
+
+class Machine(BidirectionalHelmholtzMachine):
+    """The library's machine with exclusive columns, data biases at the training frequencies."""
+
+    groups: Tensor
+
+    def __init__(self, layers: tuple[int, ...], x: Tensor, groups: Tensor, transposed: bool) -> None:
+        super().__init__(x.shape[1], layers)
+        self.register_buffer("groups", groups)
+        counts = torch.cat([x.sum(0), x.new_zeros(1)])[groups]
+        none = len(x) - counts.sum(-1, keepdim=True)
+        logits = ((counts + 0.5) / (none + 0.5)).log()
+        real = groups < x.shape[1]
+        with torch.no_grad():
+            self.generation[0][-1].bias[groups[real]] = logits[real]
+            if transposed:
+                for up, down in zip(self.recognition, self.generation, strict=True):
+                    up[0].weight.copy_(down[0].weight.T)
+
+    def layer(self, level: int, logits: Tensor) -> TorchDistribution:
+        return ExclusiveColumns(logits, self.groups) if level == 0 else super().layer(level, logits)
+
+
+# ---- training --------------------------------------------------------------------------------------------
+
+
+class Search(Progress):
+    """Where training stands: the stage, the average of the weights, and the best average so far."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.stage, self.since, self.score = 0, 0, math.inf
+        self.average = {name: value.detach().clone() for name, value in model.named_parameters()}
+        self.best = {name: value.clone() for name, value in self.average.items()}
+
+
+@contextmanager
+def weights(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """The model with other weights."""
+    own = {name: value.detach().clone() for name, value in model.named_parameters()}
+    model.load_state_dict(values, strict=False)
+    yield
+    model.load_state_dict(own, strict=False)
+
+
+def fit(
+    model: Machine, data: Dataset, make: Any, recipe: Recipe, limit: float, path: Path, seed: int
+) -> Search:
+    """Train until the last stage ends, or for ``limit`` minutes of CPU time, and leave the best weights in the model."""
+    search, watch = Search(model), Stopwatch()
+    optim = torch.optim.Adam(model.parameters(), recipe.lr)
+    parts = {"model": model, "optim": optim, "search": search}
+    if path.exists():
+        load_checkpoint(path, **parts)
+    source = batches(data.x_train, size=100, seed=seed, steps=search.steps)
+    matrices = [value for name, value in model.named_parameters() if name.endswith("weight")]
+    last = len(recipe.stages) - 1
+    bar = tqdm(desc=path.stem, initial=search.steps, mininterval=5.0)
+    every = EVERY if limit > 0.1 else 5
+    begun, saved = time.process_time(), time.perf_counter()
+    while search.stage <= last and time.process_time() < begun + 60 * limit:
+        particles = recipe.refine if search.stage == last else recipe.particles
+        objective = make(particles, vectorize_particles=True, max_plate_nesting=1)(model.model, model.guide)
+        for group in optim.param_groups:
+            group["lr"] = recipe.lr * recipe.stages[search.stage]
+        for _ in range(every):
+            (x,) = next(source)
+            optim.zero_grad()
+            loss = objective(x)
+            if recipe.l1:
+                loss = loss + recipe.l1 * sum(value.abs().sum() for value in matrices)
+            if recipe.l2:
+                loss = loss + recipe.l2 * sum(value.square().sum() for value in matrices)
+            (loss / len(x)).backward()
+            optim.step()
+            for name, value in model.named_parameters():
+                search.average[name].lerp_(value.detach(), 1 - recipe.average)
+        search.steps += every
+        with weights(model, search.average):
+            score = -model.log_p(data.x_valid, 20).value.mean().item()
+        search.since += 1
+        if score < search.score:
+            search.score, search.since = score, 0
+            search.best = {name: value.clone() for name, value in search.average.items()}
+        if search.since >= recipe.patience:
+            search.stage, search.since = search.stage + 1, 0
+            model.load_state_dict(search.best, strict=False)
+            search.average = {name: value.clone() for name, value in search.best.items()}
+        wall, cpu = watch.read()
+        search.wall, search.cpu = search.wall + wall, search.cpu + cpu
+        bar.update(every)
+        bar.set_postfix(stage=search.stage, valid=f"{score:.3f}", best=f"{search.score:.3f}", refresh=False)
+        if time.perf_counter() > saved + 60 or search.stage > last:
+            save_checkpoint(path, **parts)
+            saved = time.perf_counter()
+    bar.close()
+    save_checkpoint(path, **parts)
+    model.load_state_dict(search.best, strict=False)
+    return search
+
+
+# ---- measurement -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(model: Machine, x: Tensor, particles: int, samples: int) -> dict[str, str]:
+    """All figures of a row from one set of log-weights, and 2 log Z from draws of p."""
+    torch.manual_seed(0)
+    broken = torch.cat([x, x.new_zeros(len(x), 1)], -1)[:, model.groups].sum(-1).amax(-1) > 1
+    log_w = torch.cat([model.log_weights(part, particles) for part in tqdm(x.split(50), leave=False)], 1)
+    many = math.log(particles)
+    log_p = log_w.logsumexp(0) - many
+    tilde = 2 * ((log_w / 2).logsumexp(0) - many)
+    relative_variance = (2 * log_w - 2 * log_w.logsumexp(0)).exp().sum(0) - 1 / particles
+    two_log_z = model.two_log_z(samples, 10)
+
+    def mean(value: Tensor) -> str:
+        return f"{value.mean():.3f} +- {value.std() / len(value) ** 0.5:.3f}"
+
+    def ess(scaled: Tensor) -> str:
+        share = (2 * scaled.logsumexp(0) - (2 * scaled).logsumexp(0) - many).exp()
+        return f"{100 * share.mean():.1f}"
+
+    return {
+        "test rows": str(len(x)),
+        "S": str(particles),
+        "-log p": mean(-log_p),
+        "s.e. of sampling": f"{relative_variance.clamp(min=0).sum().sqrt() / len(x):.4f}",
+        "-log p~*": mean(-tilde),
+        "-ELBO": mean(-log_w.mean(0)),
+        "2 log Z": f"{two_log_z.value:.3f}",
+        "relative s.e. of Z^2": f"{2 * two_log_z.standard_error:.4f}",
+        "-log p*": f"{-tilde.mean() + two_log_z.value:.3f}",
+        "ESS of p %": ess(log_w),
+        "ESS of p* %": ess(log_w / 2),
+        "rows of probability 0": str(int(broken.sum())),
+    }
+
+
+def coins() -> Dataset:
+    """Random rows in place of a data set."""
+    x = torch.bernoulli(torch.full((150, 12), 0.3))
+    return Dataset(x[:100], x[100:120], x_valid=x[120:])
+
+
+def run(
+    name: str, objective: str, output: str, options: Any, recipe: Recipe, place: Folders
+) -> dict[str, Any]:
+    """One row: train or resume, then measure."""
+    pyro.clear_param_store()
+    torch.manual_seed(options.seed)
+    layers = (8, 4) if options.smoke else LAYERS[name]
+    data = coins() if options.smoke else binary_table(name, options.data)
+    x_test = data.x_test
+    if len(x_test) > options.test_rows:  # the same rows for everyone
+        x_test = x_test[
+            torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))[: options.test_rows]
+        ]
+    seen = torch.cat([data.x_train, data.x_valid])
+    dim = seen.shape[1]
+    groups = exclusive_groups(seen) if output == "exclusive" else torch.arange(dim)[:, None]
+    model = Machine(layers, data.x_train, groups, recipe.transposed)
+    tag = (
+        ""
+        if recipe == Recipe()
+        else "_"
+        + "_".join(
+            f"{key}-{value}" for key, value in asdict(recipe).items() if value != getattr(Recipe(), key)
+        ).replace(" ", "")
+    )
+    path = place.checkpoints / f"helmholtz_{name}_{objective}_{output}_seed{options.seed}{tag}.pt"
+    search = fit(model, data, OBJECTIVES[objective], recipe, options.minutes, path, options.seed)
+    row = {
+        "data set": name.upper(),
+        "x": output,
+        "objective": objective,
+        "seed": options.seed,
+        "-log p, validation, S=20": f"{search.score:.3f}",
+    }
+    if not options.validation_only:
+        row |= measure(model, x_test, 10 if options.smoke else 1000, 200 if options.smoke else 100_000)
+    return row | {
+        "layers": "-".join(map(str, layers)),
+        "epochs": f"{search.steps / math.ceil(len(data.x_train) / 100):.0f}",
+        "ended": "yes" if search.stage == len(recipe.stages) else "no, out of time",
+        "training wall s": f"{search.wall:.0f}",
+        "training CPU s": f"{search.cpu:.0f}",
+        **provenance(),
+        "command": f"python benchmarks/helmholtz.py --data-set {name} --objective {objective} --x {output} "
+        f"--seed {options.seed}",
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__, "folder with adult.npz, connect4.npz and dna.npz")
+    parser.add_argument("--data-set", choices=LAYERS, action="append", help="may be repeated; default: all")
+    parser.add_argument("--objective", choices=OBJECTIVES, action="append", help="default: all")
+    parser.add_argument("--x", choices=OUTPUTS, action="append", help="default: both")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="CPU minutes of training of each net in this run"
+    )
+    parser.add_argument(
+        "--test-rows", type=int, default=2000, help="at most, drawn at random once and for all"
+    )
+    parser.add_argument(
+        "--validation-only", action="store_true", help="to compare recipes: no test row, nothing kept"
+    )
+    for key, value in asdict(Recipe()).items():
+        if isinstance(value, bool):
+            parser.add_argument(f"--{key}", action="store_true")
+        elif isinstance(value, tuple):
+            parser.add_argument(f"--{key}", type=float, nargs="+", default=value)
+        else:
+            parser.add_argument(f"--{key}", type=type(value), default=value)
+    options = parser.parse_args()
+    recipe = Recipe(**{key: getattr(options, key) for key in asdict(Recipe())})
+    recipe = Recipe(**asdict(recipe) | {"stages": tuple(recipe.stages)})
+    # A tenth of a step's time; what the checks look for cannot occur here.
+    pyro.enable_validation(False)
+    if options.smoke:
+        options.data_set, options.minutes = options.data_set or ["dna"], 0.01
+    rows = []
+    with folders(options.smoke) as place:
+        for name, objective, output in itertools.product(
+            options.data_set or LAYERS, options.objective or OBJECTIVES, options.x or OUTPUTS
+        ):
+            row = run(name, objective, output, options, recipe, place)
+            rows.append(row)
+            if not options.validation_only:
+                put(place.results / "helmholtz.csv", [row], ("data set", "x", "objective", "seed"))
+            show([row])
+    print()
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
