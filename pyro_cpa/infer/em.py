@@ -21,7 +21,7 @@ from ..errors import CPAError, InvalidData, UnsupportedModel
 from ..partition import Network, Partition
 from . import m_step
 from .autoguide import AutoCPAPosterior
-from .exact_fit import AbstractExactFit, LBFGSRound, StepRecord
+from .exact_fit import AbstractExactFit, StepRecord
 from .parameters import GaussianParameter, Weight, noise_parameter, prior_parameters
 from .structure import ExactProblem, identical
 
@@ -77,6 +77,8 @@ class EM(AbstractExactFit):
     Raises:
         UnsupportedModel: the guide is not exact, a plate is subsampled, or a block has nothing to update.
         InvalidData: the noise variance of a dimension reaches zero.
+        RegionBudgetExceeded: an update needs more regions than the guide allows. After any error in a step the parameters
+            are those before the step.
         CPAError: in every process, what one of them raised on its rows, or that one cannot be reached.
 
     Note:
@@ -122,7 +124,9 @@ class EM(AbstractExactFit):
         warm_up: int = 10,
         process_group: Any = None,
     ) -> None:
-        super().__init__(model, guide, ridge=ridge, process_group=process_group)
+        super().__init__(
+            model, guide, ridge=ridge, lbfgs_iterations=lbfgs_iterations, process_group=process_group
+        )
         known = ("output", "noise", "hidden", "prior")
         if blocks is not None and (unknown := [b for b in blocks if b not in known]):
             raise CPAError(f"blocks holds {unknown}: expected a selection of {known}")
@@ -130,7 +134,7 @@ class EM(AbstractExactFit):
             raise CPAError(f"accelerate is {accelerate!r}: expected None or 'lbfgs'")
         self.blocks = None if blocks is None else tuple(blocks)
         self.warm_up = warm_up
-        self._round = LBFGSRound(self, lbfgs_iterations) if accelerate else None
+        self.accelerate = accelerate
         self._last: _EStep | None = None
         self._warned: set[str] = set()
 
@@ -138,22 +142,28 @@ class EM(AbstractExactFit):
         """One sweep over the blocks; returns the exact -log p(x) before it, summed over the data."""
         start = time.perf_counter()
         self._agree(*args, **kwargs)
-        before = state = self._e_step(*args, **kwargs)
-        accepted: dict[str, float] = {}
-        climbing = self._round is not None and len(self.history) >= self.warm_up
-        for name, propose, moves_walls in self._plan(state):
-            if climbing and moves_walls:
-                # L-BFGS takes over the hidden layers; closed-form blocks leave its curvature in place.
-                continue
-            state, accepted[name] = self._update(state, propose, moves_walls, *args, **kwargs)
-        if climbing and self._round is not None:
-            self._round(*args, **kwargs)
-            state = self._e_step(*args, **kwargs)
+        before = self._e_step(*args, **kwargs)
+        with self._undone_on_error(before.problem):
+            state, accepted = self._sweep(before, *args, **kwargs)
         self._last = state
         gain = state.objective - before.objective
         record = StepRecord(state.log_evidence, state.objective, gain, time.perf_counter() - start, accepted)
         self.history.append(record)
         return -before.log_evidence
+
+    def _sweep(self, state: _EStep, *args: Any, **kwargs: Any) -> tuple[_EStep, dict[str, float]]:
+        """All blocks in turn; returns the state after them and the fraction of each one's step that was taken."""
+        accepted: dict[str, float] = {}
+        climbing = self.accelerate is not None and len(self.history) >= self.warm_up
+        for name, propose, moves_walls in self._plan(state):
+            if climbing and moves_walls:
+                # L-BFGS takes over the hidden layers; closed-form blocks leave its curvature in place.
+                continue
+            state, accepted[name] = self._update(state, propose, moves_walls, *args, **kwargs)
+        if climbing:
+            self._lbfgs(*args, **kwargs)
+            state = self._e_step(*args, **kwargs)
+        return state, accepted
 
     def _e_step(self, *args: Any, **kwargs: Any) -> _EStep:
         problem, last = self._problem(*args, **kwargs), self._last
@@ -215,19 +225,13 @@ class EM(AbstractExactFit):
         self._processes.broadcast([new for _, new in proposal])
         kept = [target.get() for target, _ in proposal]
         tolerance = ROUNDING * abs(state.objective)
-        try:
-            for halving in range(1 + (HALVINGS if moves_walls else 0)):
-                fraction = 0.5**halving
-                for (target, new), old in zip(proposal, kept, strict=True):
-                    target.set(old + fraction * (new.to(old) - old) if halving else new)
-                trial = self._e_step(*args, **kwargs)
-                if trial.objective >= state.objective - tolerance:
-                    return trial, fraction
-        except BaseException:
-            # Also when a region budget is exceeded or the user interrupts: never leave a half-checked step behind.
-            for (target, _), old in zip(proposal, kept, strict=True):
-                target.set(old)
-            raise
+        for halving in range(1 + (HALVINGS if moves_walls else 0)):
+            fraction = 0.5**halving
+            for (target, new), old in zip(proposal, kept, strict=True):
+                target.set(old + fraction * (new.to(old) - old) if halving else new)
+            trial = self._e_step(*args, **kwargs)
+            if trial.objective >= state.objective - tolerance:
+                return trial, fraction
         for (target, _), old in zip(proposal, kept, strict=True):
             target.set(old)
         return state, 0.0

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import InvalidData, UnsupportedModel
+from ..errors import InvalidData, RegionBudgetExceeded, UnsupportedModel
 from .autoguide import AutoCPAPosterior
 from .lbfgs import HISTORY, climb
 from .parameters import trainable
@@ -51,6 +52,7 @@ class AbstractExactFit(SVI):
         model: a Pyro model that :class:`AutoCPAPosterior` accepts.
         guide: its :class:`AutoCPAPosterior`.
         ridge: precision of a zero-mean Gaussian prior on the decoder's weights (biases are free).
+        lbfgs_iterations: of one round of L-BFGS.
         process_group: a ``torch.distributed`` group among whose processes the rows of the data are divided.
     """
 
@@ -60,6 +62,7 @@ class AbstractExactFit(SVI):
         guide: AutoCPAPosterior,
         *,
         ridge: float = 0.0,
+        lbfgs_iterations: int = 50,
         process_group: Any = None,
     ) -> None:
         if not isinstance(guide, AutoCPAPosterior):
@@ -76,6 +79,7 @@ class AbstractExactFit(SVI):
         self._rows = 0
         self._processes = Processes(process_group)
         self._agreed = False
+        self._lbfgs = LBFGSRound(self, lbfgs_iterations)
 
     @abstractmethod
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -121,6 +125,30 @@ class AbstractExactFit(SVI):
                 if record.gain < tol * rows:
                     break
         return self.history
+
+    def state_dict(self) -> dict[str, Any]:
+        """History and curvature, for :func:`save_checkpoint` beside the model: a run resumes from both."""
+        return {"history": [asdict(record) for record in self.history], "lbfgs": self._lbfgs.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned, from a fit of the same arguments."""
+        self.history[:] = [StepRecord(**record) for record in state["history"]]
+        self._lbfgs.load_state_dict(state["lbfgs"])
+
+    @contextmanager
+    def _undone_on_error(self, problem: ExactProblem) -> Iterator[None]:
+        parameters = trainable(problem, self.guide.decoder)
+        kept = [p.detach().clone() for p in parameters]
+        try:
+            yield
+        except BaseException as error:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, kept, strict=True):
+                    parameter.copy_(value)
+            if isinstance(error, RegionBudgetExceeded):
+                message = f"{error} The step was undone: all parameters are those before it."
+                raise RegionBudgetExceeded(message) from error
+            raise
 
     def _problem(self, *args: Any, **kwargs: Any) -> ExactProblem:
         read: list[ExactProblem] = []
@@ -195,6 +223,14 @@ class LBFGSRound:
     def __init__(self, fit: AbstractExactFit, iterations: int) -> None:
         self.fit, self.iterations = fit, iterations
         self._optimizer: torch.optim.LBFGS | None = None
+        self._waiting: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        return self._waiting if self._optimizer is None else self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        # Parameters are known at the first call only.
+        self._optimizer, self._waiting = None, state
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[float, float]:
         """One round; returns the objective (evidence less penalty, summed) before it and after it."""
@@ -222,4 +258,6 @@ class LBFGSRound:
                 tolerance_change=1e-12,
                 line_search_fn="strong_wolfe",
             )
+            if self._waiting is not None:
+                self._optimizer.load_state_dict(self._waiting)
         return self._optimizer

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from ..errors import UnsupportedModel
 from .autoguide import AutoCPAPosterior
 from .em import EM
-from .exact_fit import AbstractExactFit, LBFGSRound, StepRecord
+from .exact_fit import AbstractExactFit, StepRecord
 from .parameters import noise_parameter
 
 __all__ = ["ExactML"]
@@ -70,10 +70,11 @@ class ExactML(AbstractExactFit):
         warm_start: int = 10,
         process_group: Any = None,
     ) -> None:
-        super().__init__(model, guide, ridge=ridge, process_group=process_group)
+        super().__init__(
+            model, guide, ridge=ridge, lbfgs_iterations=iterations_per_step, process_group=process_group
+        )
         self.warm_start = warm_start
         self.iterations_per_step = iterations_per_step
-        self._round = LBFGSRound(self, iterations_per_step)
         self._alternation: EM | None = None
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -81,6 +82,7 @@ class ExactML(AbstractExactFit):
         if self.warm_start:
             if self._alternation is None:
                 self._alternation = self._alternate(*args, **kwargs)
+                self._alternation.load_state_dict(super().state_dict())
             loss = self._alternation.step(*args, **kwargs)
             self._rows = self._alternation._rows
             self.history.append(self._alternation.history[-1])
@@ -89,11 +91,18 @@ class ExactML(AbstractExactFit):
         self._agree(*args, **kwargs)
         with torch.no_grad():
             penalty = self._penalty().item()
-        before, after = self._round(*args, **kwargs)
+        before, after = self._lbfgs(*args, **kwargs)
         with torch.no_grad():
             log_evidence = after + self._penalty().item()
         self.history.append(StepRecord(log_evidence, after, after - before, time.perf_counter() - start))
         return -(before + penalty)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() if self._alternation is None else self._alternation.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._alternation = None
 
     def _alternate(self, *args: Any, **kwargs: Any) -> EM:
         try:

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidData
+from ..errors import InvalidData, RegionBudgetExceeded
 from .process_group import ProcessFailure
 
 __all__ = ["HISTORY", "climb"]
@@ -37,6 +38,7 @@ def climb(optimizer: torch.optim.LBFGS, objective: Callable[[], Tensor], rows: i
     parameters = optimizer.param_groups[0]["params"]
     best = [p.detach().clone() for p in parameters]
     history: list[float] = []
+    beyond: list[RegionBudgetExceeded] = []
 
     def closure() -> Tensor:
         nonlocal best
@@ -45,9 +47,11 @@ def climb(optimizer: torch.optim.LBFGS, objective: Callable[[], Tensor], rows: i
             total = objective()
         except ProcessFailure:
             raise
-        except ValueError:
+        except ValueError as error:
             if not history:
                 raise
+            if isinstance(error, RegionBudgetExceeded):
+                beyond.append(error)
             # A probe of the line search went where there is no model (noise of 0 or inf, too many regions); ValueError,
             # of which a CPAError is one, is also what distributions raise that check their arguments.
             return _wall(-history[-1] / max(1, rows), parameters)
@@ -71,6 +75,13 @@ def climb(optimizer: torch.optim.LBFGS, objective: Callable[[], Tensor], rows: i
         with torch.no_grad():
             for parameter, value in zip(parameters, best, strict=True):
                 parameter.copy_(value)
+    if beyond:
+        warnings.warn(
+            f"the line search of L-BFGS turned back {len(beyond)} times: {beyond[0]} The parameters kept are the best "
+            "ones within the budget",
+            UserWarning,
+            stacklevel=5,
+        )
     return history
 
 

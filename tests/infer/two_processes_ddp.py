@@ -55,17 +55,17 @@ class _Given:
         return new
 
     def given(self, sample_shape: Any) -> torch.Tensor:
-        shape = self._extended_shape(sample_shape)  # type: ignore[attr-defined]
+        shape = self._extended_shape(torch.Size(sample_shape))  # type: ignore[attr-defined]
         return (self.noise if len(shape) == self.noise.dim() else self.noise[0]).expand(shape)
 
 
 class GivenNormal(_Given, dist.Normal):
-    def rsample(self, sample_shape: Any = torch.Size()) -> torch.Tensor:
+    def rsample(self, sample_shape: Any = ()) -> torch.Tensor:
         return self.loc + self.scale * torch.special.ndtri(self.given(sample_shape))
 
 
 class GivenBernoulli(_Given, dist.Bernoulli):
-    def sample(self, sample_shape: Any = torch.Size()) -> torch.Tensor:
+    def sample(self, sample_shape: Any = ()) -> torch.Tensor:
         return (self.given(sample_shape) < self.probs).to(self.probs)
 
 
@@ -137,9 +137,7 @@ def gradients(rank: int) -> dict[str, Any]:
         parallel(*((row[:SPLIT], row[SPLIT:])[rank] for row in rows)).backward()
         alone, rows = loss_of(name, 1 / N)
         alone(*rows).backward()
-        found[name] = [
-            (p.grad, q.grad) for p, q in zip(loss.parameters(), alone.parameters(), strict=True)
-        ]
+        found[name] = [(p.grad, q.grad) for p, q in zip(loss.parameters(), alone.parameters(), strict=True)]
     return found
 
 
