@@ -64,6 +64,12 @@ def figures() -> Iterator[tuple[str, str, str]]:
             f"{int(row['peak MiB, evidence and gradient']) - int(row['MiB before'])} MiB",
             "exact.py",
         )
+    for row in read("distributed", what="E-step"):
+        yield (
+            f"one exact E-step on 1e9 rows, {row['model']}, {row['regions']} regions, from the time per pair",
+            f"{float(row['core-hours for 1e9 rows']):.2g} core-hours; each process sends {row['kB sent']} kB",
+            "distributed.py",
+        )
     names = ("IWAE", "DReG", "TVO, K=50", "BiHM", "RWS")
     steps = {name: read("objectives", net="VAE", S="50", objective=name)[0]["CPU ratio"] for name in names}
     yield (

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..distributions import CPAMarginal, CPAPosterior
 from ..distributions.pieces import PiecewiseJoint
-from ..errors import InvalidData
 from ..partition import Partition, enumerate_regions
 from .structure import ExactProblem, identical, read_problem
 
@@ -100,12 +99,6 @@ class AutoCPAPosterior(AutoGuide):
         state = [t.detach() for t in (*self.decoder.parameters(), *self.decoder.buffers())]
         # Values are compared rather than version counters, which writes through ``.data`` leave as they are.
         if self._enumerated is None or not _same(self._enumerated[0], state):
-            for name, value in (*self.decoder.named_parameters(), *self.decoder.named_buffers()):
-                if not bool(value.isfinite().all()):
-                    raise InvalidData(
-                        f"'{name}' of the decoder holds NaN or inf: expected finite parameters (a lower learning rate, "
-                        "or a start from an earlier checkpoint)"
-                    )
             partition = enumerate_regions(self.decoder, self.max_regions, latent_dim=self._latent_dim)
             self._enumerated = ([t.clone() for t in state], partition)
         return self._enumerated[1]
