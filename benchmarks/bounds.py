@@ -265,7 +265,7 @@ def sweeps(smoke: bool) -> list[tuple[str, str, float, int, str, ELBO]]:
 
 
 def table(path: Path, smoke: bool) -> list[dict[str, str]]:
-    repeats, rows = 3 if smoke else 400, []
+    repeats, rows = 3 if smoke else 200, []
     done = {}
     if path.exists():
         with open(path, newline="") as file:
@@ -299,7 +299,7 @@ def table(path: Path, smoke: bool) -> list[dict[str, str]]:
 def training(path: Path, smoke: bool) -> list[dict[str, str]]:
     """Exact log p of the training rows after training with each objective from the same starts."""
     keys, rows = ("model", "objective"), []
-    seeds, steps = (2, 2) if smoke else (3, 2000)
+    seeds, steps = (2, 2) if smoke else (3, 1000)
     done = {}
     if path.exists():
         with open(path, newline="") as file:
