@@ -28,15 +28,17 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import TorchDistribution, constraints
+from exclusive_columns import ExclusiveColumns, exclusive_groups, frequencies
+from pyro.distributions import TorchDistribution
 from runs import (
     Folders,
+    Limits,
     Progress,
     Stopwatch,
     arguments,
@@ -105,56 +107,6 @@ class Recipe:
 # ---- the model -------------------------------------------------------------------------------------------
 
 
-class ExclusiveColumns(TorchDistribution):
-    """Binary vectors with at most one entry on in each group of columns: a categorical for each group.
-
-    With groups of one column these are independent Bernoulli entries.
-
-    Args:
-        logits: (..., D), log-odds of each entry against "none of its group".
-        groups: (G, W) columns of each group, filled up with D.
-    """
-
-    arg_constraints = {"logits": constraints.real_vector}
-    support = constraints.independent(constraints.boolean, 1)
-
-    def __init__(self, logits: Tensor, groups: Tensor, validate_args: bool | None = None) -> None:
-        self.logits, self.groups = logits, groups
-        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> ExclusiveColumns:
-        return ExclusiveColumns(self.logits.expand(*batch_shape, -1), self.groups, validate_args=False)
-
-    @property
-    def outcomes(self) -> Tensor:
-        """(..., G, 1 + W) logits, "none" first."""
-        none = self.logits.new_zeros(*self.logits.shape[:-1], 1)
-        padded = torch.cat([self.logits, none - math.inf], -1)[..., self.groups]
-        return torch.cat([none[..., None, :].expand(*padded.shape[:-1], 1), padded], -1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return (value * self.logits).sum(-1) - self.outcomes.logsumexp(-1).sum(-1)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            chosen = torch.distributions.Categorical(logits=self.outcomes).sample(sample_shape)
-            on = torch.nn.functional.one_hot(chosen, self.groups.shape[1] + 1)[..., 1:].flatten(-2)
-            x = self.logits.new_zeros(*chosen.shape[:-1], self.event_shape[0] + 1)
-            return x.scatter_add_(-1, self.groups.flatten().expand(on.shape), on.to(x))[..., :-1]
-
-
-def exclusive_groups(x: Tensor) -> Tensor:
-    """(G, W) neighbouring columns of which at most one is on in every row of ``x``, filled up with D."""
-    together, groups = x.T @ x > 0, [[0]]
-    for column in range(1, x.shape[1]):
-        if together[column, groups[-1]].any():
-            groups.append([column])
-        else:
-            groups[-1].append(column)
-    width = max(map(len, groups))
-    return torch.tensor([group + [x.shape[1]] * (width - len(group)) for group in groups])
-
-
 class Machine(BidirectionalHelmholtzMachine):
     """The library's machine with exclusive columns, data biases at the training frequencies."""
 
@@ -163,12 +115,8 @@ class Machine(BidirectionalHelmholtzMachine):
     def __init__(self, layers: tuple[int, ...], x: Tensor, groups: Tensor, transposed: bool) -> None:
         super().__init__(x.shape[1], layers)
         self.register_buffer("groups", groups)
-        counts = torch.cat([x.sum(0), x.new_zeros(1)])[groups]
-        none = len(x) - counts.sum(-1, keepdim=True)
-        logits = ((counts + 0.5) / (none + 0.5)).log()
-        real = groups < x.shape[1]
         with torch.no_grad():
-            self.generation[0][-1].bias[groups[real]] = logits[real]
+            self.generation[0][-1].bias.copy_(frequencies(x, groups))
             if transposed:
                 for up, down in zip(self.recognition, self.generation, strict=True):
                     up[0].weight.copy_(down[0].weight.T)
@@ -200,9 +148,9 @@ def weights(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
 
 
 def fit(
-    model: Machine, data: Dataset, make: Any, recipe: Recipe, limit: float, path: Path, seed: int
+    model: Machine, data: Dataset, make: Any, recipe: Recipe, limits: Limits, path: Path, seed: int
 ) -> Search:
-    """Train until the last stage ends, or for ``limit`` minutes of CPU time, and leave the best weights in the model."""
+    """Train until the last stage ends or up to the limits, and leave the best weights in the model."""
     search, watch = Search(model), Stopwatch()
     optim = torch.optim.Adam(model.parameters(), recipe.lr)
     parts = {"model": model, "optim": optim, "search": search}
@@ -212,9 +160,10 @@ def fit(
     matrices = [value for name, value in model.named_parameters() if name.endswith("weight")]
     last = len(recipe.stages) - 1
     bar = tqdm(desc=path.stem, initial=search.steps, mininterval=5.0)
-    every = EVERY if limit > 0.1 else 5
+    every = min(EVERY, limits.steps)
     begun, saved = time.process_time(), time.perf_counter()
-    while search.stage <= last and time.process_time() < begun + 60 * limit:
+    end = begun + 60 * limits.minutes
+    while search.stage <= last and search.steps < limits.steps and time.process_time() < end:
         particles = recipe.refine if search.stage == last else recipe.particles
         objective = make(particles, vectorize_particles=True, max_plate_nesting=1)(model.model, model.guide)
         for group in optim.param_groups:
@@ -285,7 +234,7 @@ def measure(model: Machine, x: Tensor, particles: int, samples: int) -> dict[str
         "-log p~*": mean(-tilde),
         "-ELBO": mean(-log_w.mean(0)),
         "2 log Z": f"{two_log_z.value:.3f}",
-        "relative s.e. of Z^2": f"{2 * two_log_z.standard_error:.4f}",
+        "relative s.e. of Z^2": f"{two_log_z.standard_error:.4f}",
         "-log p*": f"{-tilde.mean() + two_log_z.value:.3f}",
         "ESS of p %": ess(log_w),
         "ESS of p* %": ess(log_w / 2),
@@ -299,6 +248,17 @@ def coins() -> Dataset:
     return Dataset(x[:100], x[100:120], x_valid=x[120:])
 
 
+def load(name: str, output: str, options: Any) -> tuple[Dataset, Tensor]:
+    """The data with the test rows that are measured, and the groups of columns."""
+    data = coins() if options.smoke else binary_table(name, options.data)
+    order = torch.randperm(
+        len(data.x_test), generator=torch.Generator().manual_seed(0)
+    )  # the same for everyone
+    seen = torch.cat([data.x_train, data.x_valid])
+    groups = exclusive_groups(seen) if output == "exclusive" else torch.arange(seen.shape[1])[:, None]
+    return replace(data, x_test=data.x_test[order[: options.test_rows]]), groups
+
+
 def run(
     name: str, objective: str, output: str, options: Any, recipe: Recipe, place: Folders
 ) -> dict[str, Any]:
@@ -306,15 +266,7 @@ def run(
     pyro.clear_param_store()
     torch.manual_seed(options.seed)
     layers = (8, 4) if options.smoke else LAYERS[name]
-    data = coins() if options.smoke else binary_table(name, options.data)
-    x_test = data.x_test
-    if len(x_test) > options.test_rows:  # the same rows for everyone
-        x_test = x_test[
-            torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))[: options.test_rows]
-        ]
-    seen = torch.cat([data.x_train, data.x_valid])
-    dim = seen.shape[1]
-    groups = exclusive_groups(seen) if output == "exclusive" else torch.arange(dim)[:, None]
+    data, groups = load(name, output, options)
     model = Machine(layers, data.x_train, groups, recipe.transposed)
     tag = (
         ""
@@ -325,7 +277,9 @@ def run(
         ).replace(" ", "")
     )
     path = place.checkpoints / f"helmholtz_{name}_{objective}_{output}_seed{options.seed}{tag}.pt"
-    search = fit(model, data, OBJECTIVES[objective], recipe, options.minutes, path, options.seed)
+    limits = Limits(options.steps, options.minutes)
+    search = fit(model, data, OBJECTIVES[objective], recipe, limits, path, options.seed)
+    ended = search.stage == len(recipe.stages)
     row = {
         "data set": name.upper(),
         "x": output,
@@ -334,16 +288,32 @@ def run(
         "-log p, validation, S=20": f"{search.score:.3f}",
     }
     if not options.validation_only:
-        row |= measure(model, x_test, 10 if options.smoke else PARTICLES, 200 if options.smoke else 20_000)
+        row |= measure(
+            model, data.x_test, 10 if options.smoke else PARTICLES, 200 if options.smoke else 20_000
+        )
     return row | {
         "layers": "-".join(map(str, layers)),
         "epochs": f"{search.steps / math.ceil(len(data.x_train) / 100):.0f}",
-        "ended": "yes" if search.stage == len(recipe.stages) else "no, out of time",
+        "ended": "yes" if ended else "no, out of time",
         "training wall s": f"{search.wall:.0f}",
         "training CPU s": f"{search.cpu:.0f}",
         **provenance(),
         "command": f"python benchmarks/helmholtz.py --data-set {name} --objective {objective} --x {output} "
-        f"--seed {options.seed}",
+        f"--seed {options.seed}" + ("" if ended else f" --steps {search.steps}"),
+    }
+
+
+def independent(name: str, output: str, options: Any) -> dict[str, Any]:
+    """The row of columns (or groups of them) that do not depend on one another, at their frequencies in training."""
+    data, groups = load(name, output, options)
+    loss = -ExclusiveColumns(frequencies(data.x_train, groups), groups).log_prob(data.x_test)
+    return {
+        "data set": name.upper(),
+        "x": output,
+        "objective": "none: independent",
+        "seed": "",
+        "-log p": f"{loss.mean():.3f} +- {loss.std() / len(loss) ** 0.5:.3f}",
+        "test rows": str(len(loss)),
     }
 
 
@@ -355,6 +325,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="CPU minutes of training of each net in this run"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10**9, help="in all, those of a checkpoint included, at most"
     )
     parser.add_argument(
         "--test-rows", type=int, default=1200, help="at most, drawn at random once and for all"
@@ -375,16 +348,18 @@ def main() -> None:
     # A tenth of a step's time; what the checks look for cannot occur here.
     pyro.enable_validation(False)
     if options.smoke:
-        options.data_set, options.minutes = options.data_set or ["dna"], 0.01
-    rows = []
+        options.data_set, options.steps = options.data_set or ["dna"], 5
+    keys, rows = ("data set", "x", "objective", "seed"), []
     with folders(options.smoke) as place:
+        for name, output in itertools.product(options.data_set or LAYERS, options.x or OUTPUTS):
+            put(place.results / "helmholtz.csv", [independent(name, output, options)], keys)
         for name, objective, output in itertools.product(
             options.data_set or LAYERS, options.objective or OBJECTIVES, options.x or OUTPUTS
         ):
             row = run(name, objective, output, options, recipe, place)
             rows.append(row)
             if not options.validation_only:
-                put(place.results / "helmholtz.csv", [row], ("data set", "x", "objective", "seed"))
+                put(place.results / "helmholtz.csv", [row], keys)
             show([row])
     print()
     show(rows)

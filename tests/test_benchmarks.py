@@ -111,12 +111,12 @@ def test_page_says_where_we_are_behind(script, tmp_path, monkeypatch):
 
 def test_exclusive_columns_are_a_distribution(script):
     """Probabilities of all allowed rows sum to one; groups of one column are independent Bernoulli entries."""
-    helmholtz = script("helmholtz")
+    columns = script("exclusive_columns")
     x = torch.tensor([[1.0, 0, 0, 1, 0], [0, 1, 0, 1, 1], [0, 0, 1, 0, 0]])
-    groups = helmholtz.exclusive_groups(x)
+    groups = columns.exclusive_groups(x)
     assert groups.tolist() == [[0, 1, 2], [3, 5, 5], [4, 5, 5]]
     logits = torch.randn(5)
-    law = helmholtz.ExclusiveColumns(logits, groups)
+    law = columns.ExclusiveColumns(logits, groups)
     rows = torch.tensor(list(itertools.product([0.0, 1.0], repeat=5)))
     allowed = rows[rows[:, :3].sum(1) <= 1]
     log_p = law.log_prob(allowed)
@@ -126,7 +126,7 @@ def test_exclusive_columns_are_a_distribution(script):
     mean = (log_p.exp()[:, None] * allowed).sum(0)
     error = (mean * (1 - mean) / len(draws)).sqrt()
     assert bool(((draws.mean(0) - mean).abs() < 5 * error).all())
-    single = helmholtz.ExclusiveColumns(logits, torch.arange(5)[:, None])
+    single = columns.ExclusiveColumns(logits, torch.arange(5)[:, None])
     bernoulli = torch.distributions.Bernoulli(logits=logits).log_prob(rows).sum(1)
     assert torch.allclose(single.log_prob(rows), bernoulli, atol=1e-12)
 
