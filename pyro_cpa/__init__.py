@@ -13,7 +13,7 @@ Packages, in the order in which data flows; each imports only from those before 
     partition       enumerate_regions, Partition: the regions of a decoder
     integrals       log_mass, moments, sample: Gaussians on cells
     distributions   CPAMarginal p(x), CPAPosterior p(z|x), CPAConditional p(x_mis|x_obs)
-    infer           AutoCPAPosterior, EM, ExactML; ImportanceWeightedELBO, ReweightedWakeSleepELBO, TVO,
+    infer           AutoCPAPosterior, AutoLocalAffine, EM, ExactML; ImportanceWeightedELBO, ReweightedWakeSleepELBO, TVO,
                     BiHelmholtzELBO, AnalyticELBO; log_evidence, AlternatingTrainer, checkpoints
     datasets        digits, MNIST and Fashion-MNIST files, binary tables, toy data
     models          FactorAnalysis, CPAGenerator, VAE and its kin, sigmoid nets, Helmholtz machines

@@ -4,6 +4,7 @@
 
 from pyro_cpa.infer.alternating import AlternatingTrainer
 from pyro_cpa.infer.analytic import AnalyticELBO
+from pyro_cpa.infer.auto_local_affine import AutoLocalAffine
 from pyro_cpa.infer.autoguide import AutoCPAPosterior
 from pyro_cpa.infer.checkpoint import load_checkpoint, save_checkpoint
 from pyro_cpa.infer.draws import Draws
@@ -23,6 +24,7 @@ __all__ = [
     "AlternatingTrainer",
     "AnalyticELBO",
     "AutoCPAPosterior",
+    "AutoLocalAffine",
     "BiHelmholtzELBO",
     "CoarseGrained",
     "Draws",
