@@ -16,6 +16,7 @@ from ..errors import InvalidData
 from .expectation import evidence, region_posteriors
 from .missing import missing_given_observed
 from .parameters import Shape, check_data
+from .parts import gathered
 from .pieces import PiecewiseJoint
 from .posterior import CPAPosterior
 
@@ -84,32 +85,32 @@ class CPAConditional(TorchDistribution):
     def mean(self) -> Tensor:
         """(..., D) the data, with E[x_mis | x_obs] in place of the missing entries."""
         found = []
-        for rows, posterior in region_posteriors(self.joint, self._x):
-            x, probs = self._x[rows], posterior.log_probs.exp()
-            decoded = torch.einsum("nr,rdl,nrl->nd", probs, self.joint.slopes, posterior.mean)
-            decoded = decoded + probs @ self.joint.offsets
+        for part, posterior in region_posteriors(self.joint, self._x):
+            x, probs = self._x[part.rows], posterior.log_probs.exp()
+            decoded = torch.einsum("nr,rdl,nrl->nd", probs, part.joint.slopes, posterior.mean)
+            decoded = decoded + probs @ part.joint.offsets
             if self.joint.noise.is_diagonal:
-                found.append(torch.where(x.isnan(), decoded, x))
+                found.append((part.rows, torch.where(x.isnan(), decoded, x)))
             else:
                 given = missing_given_observed(self.joint.noise.covariance_matrix, x)
-                found.append(given.known + (given.gain @ decoded[..., None])[..., 0])
-        return self._shaped(torch.cat(found))
+                found.append((part.rows, given.known + (given.gain @ decoded[..., None])[..., 0]))
+        return self._shaped(gathered(found, len(self._x)))
 
     @property
     def covariance_matrix(self) -> Tensor:
         """(..., D, D) Cov[x_mis | x_obs], zero rows and columns for observed entries."""
         found = []
-        for rows, posterior in region_posteriors(self.joint, self._x):
-            slopes, probs = self.joint.slopes, posterior.log_probs.exp()
-            images = torch.einsum("rdl,nrl->nrd", slopes, posterior.mean) + self.joint.offsets
+        for part, posterior in region_posteriors(self.joint, self._x):
+            slopes, probs = part.joint.slopes, posterior.log_probs.exp()
+            images = torch.einsum("rdl,nrl->nrd", slopes, posterior.mean) + part.joint.offsets
             centred = images - torch.einsum("nr,nrd->nd", probs, images)[:, None]
             decoded = torch.einsum("nr,nrd,nre->nde", probs, centred, centred)
             decoded = decoded + torch.einsum(
                 "nr,rdl,nrlm,rem->nde", probs, slopes, posterior.covariance, slopes
             )
-            given = missing_given_observed(self.joint.noise.covariance_matrix, self._x[rows])
-            found.append(given.gain @ decoded @ given.gain.mT + given.left)
-        return self._shaped(torch.cat(found))
+            given = missing_given_observed(self.joint.noise.covariance_matrix, self._x[part.rows])
+            found.append((part.rows, given.gain @ decoded @ given.gain.mT + given.left))
+        return self._shaped(gathered(found, len(self._x)))
 
     @property
     def variance(self) -> Tensor:
@@ -117,14 +118,14 @@ class CPAConditional(TorchDistribution):
         if not self.joint.noise.is_diagonal:
             return self.covariance_matrix.diagonal(dim1=-2, dim2=-1)
         found = []
-        for rows, posterior in region_posteriors(self.joint, self._x):
-            slopes, probs = self.joint.slopes, posterior.log_probs.exp()
-            images = torch.einsum("rdl,nrl->nrd", slopes, posterior.mean) + self.joint.offsets
+        for part, posterior in region_posteriors(self.joint, self._x):
+            slopes, probs = part.joint.slopes, posterior.log_probs.exp()
+            images = torch.einsum("rdl,nrl->nrd", slopes, posterior.mean) + part.joint.offsets
             centred = images - torch.einsum("nr,nrd->nd", probs, images)[:, None]
             within = torch.einsum("nrlm,rdl,rdm->nrd", posterior.covariance, slopes, slopes)
             total = torch.einsum("nr,nrd->nd", probs, within + centred.square()) + self.joint.noise.scale**2
-            found.append(torch.where(self._x[rows].isnan(), total, 0.0))
-        return self._shaped(torch.cat(found))
+            found.append((part.rows, torch.where(self._x[part.rows].isnan(), total, 0.0)))
+        return self._shaped(gathered(found, len(self._x)))
 
     @torch.no_grad()
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008

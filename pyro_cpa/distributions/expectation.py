@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import integrals
+from .parts import Part, gathered, parts
 from .pieces import Pieces, PiecewiseJoint
 
-__all__ = ["RegionPosterior", "evidence", "region_log_probs", "region_posteriors"]
+__all__ = ["RegionPosterior", "evidence", "evidence_and_omitted", "region_log_probs", "region_posteriors"]
 
 # Pairs of datum and region whose share of p(x) is certainly below exp(-50) = 2e-22 are not integrated:
 # even a million of them change p(x) by less than a unit in the last place.
@@ -40,7 +41,7 @@ class RegionPosterior(NamedTuple):
 
 def _relevant_pairs(joint: PiecewiseJoint, pieces: Pieces) -> Tensor:
     """(N, R) True where the region's share of p(x) is not certainly negligible."""
-    cells = joint.partition.cells
+    cells = joint.cells
     upper = pieces.log_k + integrals.log_mass_bound(cells, pieces.loc, pieces.scale_tril)
     rows = torch.arange(len(upper), device=upper.device)
     best = upper.argmax(-1)
@@ -51,7 +52,7 @@ def _relevant_pairs(joint: PiecewiseJoint, pieces: Pieces) -> Tensor:
 
 def region_log_probs(joint: PiecewiseJoint, pieces: Pieces) -> tuple[Tensor, Tensor]:
     """log p(x) (N,) and log p(r | x) (N, R) from the pieces of a batch."""
-    cells = joint.partition.cells
+    cells = joint.cells
     if len(cells) <= PRUNE_ABOVE:
         log_joint = pieces.log_k + integrals.log_mass(cells, pieces.loc, pieces.scale_tril)
     else:
@@ -66,7 +67,7 @@ def region_log_probs(joint: PiecewiseJoint, pieces: Pieces) -> tuple[Tensor, Ten
 def region_posterior(joint: PiecewiseJoint, x: Tensor) -> RegionPosterior:
     """Evidence, region probabilities and truncated moments of the rows of x (N, D), all at once."""
     pieces = joint.pieces(x)
-    cells = joint.partition.cells
+    cells = joint.cells
     if len(cells) <= PRUNE_ABOVE:
         found = integrals.moments(cells, pieces.loc, pieces.scale_tril)
     else:
@@ -77,13 +78,24 @@ def region_posterior(joint: PiecewiseJoint, x: Tensor) -> RegionPosterior:
     return RegionPosterior(log_prob, log_joint - log_prob[:, None], found.mean, found.covariance)
 
 
-def region_posteriors(joint: PiecewiseJoint, x: Tensor) -> Iterator[tuple[slice, RegionPosterior]]:
-    """Chunks of rows of x (N, D) with their exact posterior; each chunk fits the joint's memory budget."""
-    for rows in joint.chunks(x):
-        yield rows, region_posterior(joint, x[rows])
+def region_posteriors(joint: PiecewiseJoint, x: Tensor) -> Iterator[tuple[Part, RegionPosterior]]:
+    """Parts of the rows of x (N, D) with their exact posterior over the part's regions; each fits the memory budget."""
+    for part in parts(joint, x):
+        yield part, region_posterior(part.joint, x[part.rows])
 
 
 def evidence(joint: PiecewiseJoint, x: Tensor) -> Tensor:
     """Exact log p(x) of the rows of x (N, D): (N,)."""
-    parts = [region_log_probs(joint, joint.pieces(x[rows]))[0] for rows in joint.chunks(x)]
-    return torch.cat(parts) if parts else x.new_zeros(0)
+    return evidence_and_omitted(joint, x)[0]
+
+
+def evidence_and_omitted(joint: PiecewiseJoint, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact log p(x) of the rows of x (N, D), and a certified bound on the share of p(x) left out of it: (N,) both."""
+    found = []
+    for part in parts(joint, x):
+        log_prob, _ = region_log_probs(part.joint, part.joint.pieces(x[part.rows]))
+        found.append((part.rows, torch.stack([log_prob, part.omitted], dim=1)))
+    if not found:
+        return x.new_zeros(0), x.new_zeros(0)
+    log_prob, omitted = gathered(found, len(x)).unbind(1)
+    return log_prob, omitted

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .expectation import RegionPosterior, evidence, region_posteriors
+from .expectation import RegionPosterior, evidence, region_posterior, region_posteriors
 from .missing import observed_tril
+from .parts import gathered, parts
 from .pieces import PiecewiseJoint
 from .statistics import SufficientStatistics, accumulate, with_one
 
@@ -42,47 +43,45 @@ def expected_statistics(
     joint: PiecewiseJoint, x: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, SufficientStatistics]:
     """One E-step over the rows of x (N, D), streamed: log p(x) (N,) and the statistics of the weighted rows."""
-    log_prob, total = [], None
-    for rows, posterior in region_posteriors(joint, x):
-        part = accumulate(joint, x[rows], posterior, None if weights is None else weights[rows])
-        total = part if total is None else total + part
-        log_prob.append(posterior.log_prob)
-    if total is None:
+    log_prob, total = [], SufficientStatistics.zeros(joint)
+    for part, posterior in region_posteriors(joint, x):
+        own = None if weights is None else weights[part.rows]
+        total.add_(accumulate(part.joint, x[part.rows], posterior, own), part.joint.regions)
+        log_prob.append((part.rows, posterior.log_prob))
+    if not log_prob:
         raise ValueError("an E-step needs at least one datum")
-    return torch.cat(log_prob), total
+    return gathered(log_prob, len(x)), total
 
 
 class _Evidence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, joint: PiecewiseJoint, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.joint, ctx.posterior = joint, None
+        ctx.joint, ctx.found = joint, None
         ctx.save_for_backward(x, *parameters)
         if not any(ctx.needs_input_grad[1:]):
             return evidence(joint, x)
-        chunks = list(joint.chunks(x))
-        if len(chunks) != 1:
-            # Backward streams over the data once more rather than keep N x R moments.
+        found = list(parts(joint, x))
+        pairs = sum(len(part.omitted) * len(part.joint.cells) for part in found)
+        if not found or pairs > joint.pairs_in_budget(x):
+            # Backward streams over the data once more rather than keep the moments of all pairs.
             return evidence(joint, x)
-        _, ctx.posterior = next(region_posteriors(joint, x))
-        return ctx.posterior.log_prob.clone()
+        ctx.found = [(part, region_posterior(part.joint, x[part.rows])) for part in found]
+        return gathered(((part.rows, posterior.log_prob) for part, posterior in ctx.found), len(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         joint: PiecewiseJoint = ctx.joint
         x, *parameters = ctx.saved_tensors
-        chunks = (
-            [(slice(0, len(x)), ctx.posterior)] if ctx.posterior is not None else region_posteriors(joint, x)
-        )
-        total, grad_x = None, torch.zeros_like(x)
-        for rows, posterior in chunks:
-            part = accumulate(joint, x[rows], posterior, grad[rows])
-            total = part if total is None else total + part
+        total, grad_x = SufficientStatistics.zeros(joint), torch.zeros_like(x)
+        for part, posterior in ctx.found or region_posteriors(joint, x):
+            own, weight = x[part.rows], grad[part.rows]
+            total.add_(accumulate(part.joint, own, posterior, weight), part.joint.regions)
             if ctx.needs_input_grad[1]:
-                grad_x[rows] = grad[rows, None] * _data_gradient(joint, x[rows], posterior)
+                grad_x[part.rows] = weight[:, None] * _data_gradient(part.joint, own, posterior)
         grads: list[Tensor | None] = [None] * len(parameters)
         wanted = [i for i in range(len(parameters)) if ctx.needs_input_grad[2 + i]]
-        if wanted and total is not None:
+        if wanted:
             with torch.enable_grad():
                 slopes, offsets, noise, loc, tril = leaves = [p.detach().requires_grad_() for p in parameters]
                 expected = []

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from ..integrals.compiled import array, in_blocks, runs_compiled
 from ..partition import Partition
+from ..partition.cells import Cells
 from .missing import log_likelihood, observed_tril
+from .pruning import RegionTree
 
 __all__ = ["GaussianNoise", "GaussianPrior", "PiecewiseJoint", "Pieces"]
 
@@ -116,34 +119,61 @@ class PiecewiseJoint:
         noise: law of x given z.
         memory_budget: bytes that the temporaries of one chunk of data may take; bounds the peak memory of every
             method whatever the number of data.
+        tolerance: share of p(x) that may be left out with regions which provably matter less; see ``parts``.
+        regions: (R,) indices, if only these of the partition's regions are meant.
     """
 
     def __init__(
-        self, partition: Partition, prior: GaussianPrior, noise: GaussianNoise, memory_budget: int = 2**28
+        self,
+        partition: Partition,
+        prior: GaussianPrior,
+        noise: GaussianNoise,
+        memory_budget: int = 2**28,
+        tolerance: float = 0.0,
+        regions: Tensor | None = None,
     ) -> None:
         self.partition = partition
         self.prior = prior
         self.noise = noise
         self.memory_budget = memory_budget
+        self.tolerance = tolerance
+        self.regions = regions
+        self.tree: RegionTree | None = None  # made by ``parts`` where it pays
         self._complete: tuple[Tensor, ...] | None = None
 
-    @property
-    def slopes(self) -> Tensor:
-        return self.partition.slopes
+    @cached_property
+    def cells(self) -> Cells:
+        return self.partition.cells if self.regions is None else self.partition.cells[self.regions]
 
-    @property
+    @cached_property
+    def slopes(self) -> Tensor:
+        """(R, D, L)"""
+        return self.partition.slopes if self.regions is None else self.partition.maps_of(self.regions)[0]
+
+    @cached_property
     def offsets(self) -> Tensor:
-        return self.partition.offsets
+        """(R, D)"""
+        return self.partition.offsets if self.regions is None else self.partition.maps_of(self.regions)[1]
+
+    def only(self, regions: Tensor) -> PiecewiseJoint:
+        """The same of some regions (P,), for complete data."""
+        basis, slopes, offsets, log_det = self.whitened_maps()
+        part = PiecewiseJoint(self.partition, self.prior, self.noise, self.memory_budget, regions=regions)
+        part._complete = basis, slopes[regions], offsets[regions], log_det
+        return part
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
         """Consecutive slices of the rows of x (N, D) whose temporaries fit ``memory_budget``."""
-        R, (D, L) = self.partition.num_regions, self.slopes.shape[-2:]
-        width = D * (L + 2) if bool(x.isnan().any()) else min(D, self.partition.output_weight.shape[-1] + 1)
-        # About 8 temporaries of L x L, and 2 of the residual's width, per pair of datum and region.
-        bytes_per_row = 8 * R * (8 * (1 + L + L * L) + 2 * width)
-        rows = max(1, self.memory_budget // bytes_per_row)
+        rows = max(1, self.pairs_in_budget(x) // len(self.cells))
         for start in range(0, x.shape[0], rows):
             yield slice(start, min(start + rows, x.shape[0]))
+
+    def pairs_in_budget(self, x: Tensor) -> int:
+        """Pairs of a row of x (N, D) and a region whose temporaries fit ``memory_budget``."""
+        D, L = self.partition.data_dim, self.partition.latent_dim
+        width = D * (L + 2) if bool(x.isnan().any()) else min(D, self.partition.output_weight.shape[-1] + 1)
+        # About 8 temporaries of L x L, and 2 of the residual's width, per pair.
+        return self.memory_budget // (8 * (8 * (1 + L + L * L) + 2 * width))
 
     def latent_chunks(self, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Consecutive slices of the rows of z (M, L), and their rows, whose decoded maps fit ``memory_budget``."""
@@ -167,7 +197,11 @@ class PiecewiseJoint:
     def pieces(self, x: Tensor) -> Pieces:
         """The Gaussian pieces of the rows of x (N, D) float64; NaN entries are marginalised out."""
         missing = x.isnan()
-        w = self._whiten_incomplete(x, missing) if bool(missing.any()) else self._whiten_complete(x)
+        return self.pieces_of(self._whiten_incomplete(x, missing) if bool(missing.any()) else self.whiten(x))
+
+    def pieces_of(self, w: _Whitened) -> Pieces:
+        """The Gaussian pieces of a whitened least-squares problem."""
+        x = w.data
         factor = _lower_factor(w.slopes)
         L = factor.shape[-1]
         eye = torch.eye(L, dtype=x.dtype, device=x.device).expand(factor.shape)
@@ -203,8 +237,18 @@ class PiecewiseJoint:
             return columns / self.noise.scale[:, None]
         return torch.linalg.solve_triangular(self.noise.scale, columns, upper=False)
 
-    def _whiten_complete(self, x: Tensor) -> _Whitened:
+    def whiten(self, x: Tensor) -> _Whitened:
         """Project on the span of the last layer (all maps share it), so that work per pair is min(D, H + 1)."""
+        basis, slopes, offsets, log_det = self.whitened_maps()
+        white = self._divide_by_noise(x.mT).mT
+        if basis.shape[0] == basis.shape[1]:
+            return _Whitened(white, slopes, offsets, white.new_zeros(len(x)), log_det.expand(len(x)))
+        data = white @ basis
+        residual = (white - data @ basis.mT).square().sum(-1)
+        return _Whitened(data, slopes, offsets, residual, log_det.expand(len(x)))
+
+    def whitened_maps(self) -> tuple[Tensor, ...]:
+        """Basis (D, D') of the whitened images' span, maps (R, D', L), (R, D') of whitened latents, log-determinant."""
         if self._complete is None:
             part = self.partition
             shared = torch.cat([part.output_weight, part.output_bias[:, None]], dim=1)
@@ -213,19 +257,13 @@ class PiecewiseJoint:
                 slopes = coefficients[:, :-1] @ part.feature_slopes
                 offsets = part.feature_offsets @ coefficients[:, :-1].mT + coefficients[:, -1]
             else:
-                basis = torch.eye(shared.shape[0], dtype=x.dtype, device=x.device)
+                basis = torch.eye(shared.shape[0], dtype=shared.dtype, device=shared.device)
                 slopes = self._divide_by_noise(part.slopes)
                 offsets = self._divide_by_noise(part.offsets.mT).mT
             scale = self.noise.scale if self.noise.is_diagonal else self.noise.scale.diagonal()
-            log_det = scale.log().sum() + 0.5 * math.log(2 * math.pi) * x.shape[-1]
+            log_det = scale.log().sum() + 0.5 * math.log(2 * math.pi) * part.data_dim
             self._complete = (basis, *self._latent_whitened(slopes, offsets), log_det)
-        basis, slopes, offsets, log_det = self._complete
-        white = self._divide_by_noise(x.mT).mT
-        if basis.shape[0] == basis.shape[1]:
-            return _Whitened(white, slopes, offsets, white.new_zeros(len(x)), log_det.expand(len(x)))
-        data = white @ basis
-        residual = (white - data @ basis.mT).square().sum(-1)
-        return _Whitened(data, slopes, offsets, residual, log_det.expand(len(x)))
+        return self._complete
 
     def _whiten_incomplete(self, x: Tensor, missing: Tensor) -> _Whitened:
         """Each datum keeps its own observed rows: the missing ones become zero rows of the problem."""

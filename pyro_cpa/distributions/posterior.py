@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from .. import integrals
 from ..errors import InvalidData
 from .expectation import region_log_probs, region_posteriors
 from .parameters import Shape, check_data
+from .parts import gathered, parts
 from .pieces import Pieces, PiecewiseJoint
 from .quantiles import mixture_quantiles
 
@@ -25,7 +26,8 @@ __all__ = ["CPAPosterior"]
 
 
 class _Chunk(NamedTuple):
-    rows: slice
+    rows: Tensor | slice
+    joint: PiecewiseJoint
     pieces: Pieces
     log_prob: Tensor
     log_probs: Tensor
@@ -104,12 +106,15 @@ class CPAPosterior(TorchDistribution):
         if self._kept is not None:
             yield self._kept
             return
-        for rows in self.joint.chunks(self._x):
-            pieces = self.joint.pieces(self._x[rows])
-            chunk = _Chunk(rows, pieces, *region_log_probs(self.joint, pieces))
-            if rows == slice(0, len(self._x)):
+        for part in parts(self.joint, self._x):
+            pieces = part.joint.pieces(self._x[part.rows])
+            chunk = _Chunk(part.rows, part.joint, pieces, *region_log_probs(part.joint, pieces))
+            if part.rows == slice(0, len(self._x)):
                 self._kept = chunk
             yield chunk
+
+    def _gathered(self, found: Iterable[tuple[Tensor | slice, Tensor]]) -> Tensor:
+        return gathered(found, len(self._x))
 
     def _shaped(self, values: Tensor) -> Tensor:
         """(N, ...) values of the base rows, in the batch shape and the caller's dtype."""
@@ -119,12 +124,18 @@ class CPAPosterior(TorchDistribution):
     @property
     def log_evidence(self) -> Tensor:
         """(...,) exact log p(x)."""
-        return self._shaped(torch.cat([c.log_prob for c in self._chunks()]))
+        return self._shaped(self._gathered((c.rows, c.log_prob) for c in self._chunks()))
 
     @property
     def region_probs(self) -> Tensor:
         """(..., R) exact p(r | x); dense, so O(N R) memory."""
-        return self._shaped(torch.cat([c.log_probs.exp() for c in self._chunks()]))
+        result = self._x.new_zeros(len(self._x), self.joint.partition.num_regions)
+        for chunk in self._chunks():
+            probs, regions = chunk.log_probs.exp(), chunk.joint.regions
+            if regions is not None:
+                probs = result.new_zeros(len(probs), result.shape[1]).index_copy_(1, regions, probs)
+            result[chunk.rows] = probs
+        return self._shaped(result)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Exact log p(z | x), differentiable in z.
@@ -135,7 +146,7 @@ class CPAPosterior(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        log_evidence = torch.cat([c.log_prob for c in self._chunks()])
+        log_evidence = self._gathered((c.rows, c.log_prob) for c in self._chunks())
         z = value.double().expand(shape + value.shape[-1:])
         rows = torch.arange(len(self._x), device=z.device).reshape(self._base_shape).expand(shape).reshape(-1)
         found = [
@@ -150,27 +161,27 @@ class CPAPosterior(TorchDistribution):
         extra = self.batch_shape[: len(self.batch_shape) - len(self._base_shape)]
         shape = torch.Size(sample_shape) + extra
         count, drawn = shape.numel(), []
-        cells = self.joint.partition.cells
         for chunk in self._chunks():
             n = len(chunk.log_prob)
             region = torch.multinomial(chunk.log_probs.exp(), count, replacement=True).mT.reshape(-1)
             row = torch.arange(n, device=region.device).repeat(count)
             _, loc, scale_tril = chunk.pieces.pairs(row, region)
-            z = integrals.sample(cells[region], loc, scale_tril)
-            drawn.append(z.reshape(count, n, -1))
-        z = torch.cat(drawn, dim=1)
+            z = integrals.sample(chunk.joint.cells[region], loc, scale_tril)
+            drawn.append((chunk.rows, z.reshape(count, n, -1).movedim(0, 1)))
+        z = self._gathered(drawn).movedim(0, 1)
         return z.reshape(shape + self._base_shape + z.shape[-1:]).to(self._dtype)
 
     def _mixture_moments(self) -> tuple[Tensor, Tensor]:
         means, covariances = [], []
-        for _, posterior in region_posteriors(self.joint, self._x):
+        for part, posterior in region_posteriors(self.joint, self._x):
             probs = posterior.log_probs.exp()
             mean = torch.einsum("nr,nrl->nl", probs, posterior.mean)
             centred = posterior.mean - mean[:, None]
             within = torch.einsum("nr,nrlm->nlm", probs, posterior.covariance)
-            covariances.append(within + torch.einsum("nr,nrl,nrm->nlm", probs, centred, centred))
-            means.append(mean)
-        return torch.cat(means), torch.cat(covariances)
+            between = torch.einsum("nr,nrl,nrm->nlm", probs, centred, centred)
+            covariances.append((part.rows, within + between))
+            means.append((part.rows, mean))
+        return self._gathered(means), self._gathered(covariances)
 
     @property
     def mean(self) -> Tensor:
@@ -217,29 +228,27 @@ class CPAPosterior(TorchDistribution):
                     axis,
                     rows,
                     log_weights,
-                    self.joint.partition.cells[regions],
+                    chunk.joint.cells[regions],
                     loc,
                     scale_tril,
                 )
                 for axis in range(self.event_shape[0])
             ]
-            found.append(torch.stack(solved, dim=-1))
-        joined = torch.cat(found, dim=1)
+            found.append((chunk.rows, torch.stack(solved, dim=-1).movedim(0, 1)))
+        joined = self._gathered(found).movedim(0, 1)
         return torch.stack([self._shaped(level) for level in joined])
 
     @property
     def mode(self) -> Tensor:
         """(..., L) the z of highest posterior density, the best of every cell's constrained optimum."""
         found = []
-        for chunk in self._chunks():
-            loc, tril = chunk.pieces.loc, chunk.pieces.scale_tril
-            nearest = integrals.nearest_point(self.joint.partition.cells, loc, tril)
+        # A region of little mass may hold the highest density: all of them are looked at.
+        for rows in self.joint.chunks(self._x):
+            pieces = self.joint.pieces(self._x[rows])
+            loc, tril = pieces.loc, pieces.scale_tril
+            nearest = integrals.nearest_point(self.joint.cells, loc, tril)
             white = torch.linalg.solve_triangular(tril, (nearest - loc)[..., None], upper=False)[..., 0]
-            peak = (
-                chunk.pieces.log_k
-                - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-                - 0.5 * white.square().sum(-1)
-            )
+            peak = pieces.log_k - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 0.5 * white.square().sum(-1)
             best = peak.argmax(-1)
             found.append(nearest[torch.arange(len(best), device=best.device), best])
         return self._shaped(torch.cat(found))
@@ -248,8 +257,8 @@ class CPAPosterior(TorchDistribution):
         r"""(...,) exact :math:`-E[\log p(z | x)]` in nats, from the truncated moments."""
         found = []
         L = self.event_shape[0]
-        for rows, posterior in region_posteriors(self.joint, self._x):
-            pieces = self.joint.pieces(self._x[rows])
+        for part, posterior in region_posteriors(self.joint, self._x):
+            pieces = part.joint.pieces(self._x[part.rows])
             tril = pieces.scale_tril
             shift = torch.linalg.solve_triangular(tril, (posterior.mean - pieces.loc)[..., None], upper=False)
             spread = torch.linalg.solve_triangular(tril, posterior.covariance, upper=False)
@@ -259,5 +268,5 @@ class CPAPosterior(TorchDistribution):
             log_density = pieces.log_k - log_det - 0.5 * square
             probs = posterior.log_probs.exp()
             expected = torch.where(probs > 0, probs * log_density, 0.0).sum(-1)
-            found.append(posterior.log_prob - expected)
-        return self._shaped(torch.cat(found))
+            found.append((part.rows, posterior.log_prob - expected))
+        return self._shaped(self._gathered(found))

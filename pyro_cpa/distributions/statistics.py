@@ -49,6 +49,23 @@ class SufficientStatistics:
     def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
         return SufficientStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    @classmethod
+    def zeros(cls, joint: PiecewiseJoint) -> SufficientStatistics:
+        """What no data say."""
+        D, L = joint.partition.data_dim, joint.partition.latent_dim
+        like, R = joint.noise.scale, len(joint.cells)
+        return cls(like.new_zeros(R, L + 1, L + 1), like.new_zeros(R, D, L + 1), torch.zeros_like(like))
+
+    def add_(self, part: SufficientStatistics, regions: Tensor | None) -> None:
+        """Adds in place what a part says of some regions, or of all."""
+        if regions is None:
+            self.zz.add_(part.zz)
+            self.xz.add_(part.xz)
+        else:
+            self.zz.index_add_(0, regions, part.zz)
+            self.xz.index_add_(0, regions, part.xz)
+        self.xx.add_(part.xx)
+
     @property
     def count(self) -> Tensor:
         """Scalar: the total weight of the data."""

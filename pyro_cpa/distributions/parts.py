@@ -1,0 +1,136 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""Data and regions cut into parts that fit the memory budget and leave out regions which provably do not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import integrals
+from .pieces import PiecewiseJoint
+from .pruning import RegionTree
+
+__all__ = ["Part", "gathered", "parts"]
+
+# Below so many regions, or so many data of a partition that was not yet grouped, all pairs cost less than the groups.
+MANY_REGIONS = 1024
+_MANY_DATA = 16
+_BLOCK = 1000  # what one more block of data costs, in pairs of datum and group of regions
+_SEARCH = 128  # data searched for at a time
+_LATENT_DIMS = 3  # beyond, masses are estimates, and no bounds
+
+
+class Part(NamedTuple):
+    """Some rows of the data with all the regions that matter to them.
+
+    Attributes:
+        rows: their indices, or a slice.
+        joint: the joint law restricted to the regions.
+        omitted: (n,) certified bounds on the share of p(x) that other regions have.
+    """
+
+    rows: Tensor | slice
+    joint: PiecewiseJoint
+    omitted: Tensor
+
+
+def parts(joint: PiecewiseJoint, x: Tensor) -> Iterator[Part]:
+    """Parts of the rows of x (N, D): every row is in one of them.
+
+    Nothing is left out of incomplete rows, whose images differ from datum to datum, and of few regions.
+    """
+    complete = ~x.isnan().any(-1)
+    if not _pays(joint, int(complete.sum())):
+        for rows in joint.chunks(x):
+            yield Part(rows, joint, x.new_zeros(rows.stop - rows.start))
+        return
+    rest = (~complete).nonzero()[:, 0]
+    for rows in joint.chunks(x[rest]):
+        yield Part(rest[rows], joint, x.new_zeros(rows.stop - rows.start))
+    yield from _pruned(joint, x, complete.nonzero()[:, 0])
+
+
+def gathered(found: Iterable[tuple[Tensor | slice, Tensor]], count: int) -> Tensor:
+    """(N, ...) values of all rows from those of parts (n, ...)."""
+    result: Tensor | None = None
+    for rows, values in found:
+        if result is None:
+            result = values.new_empty(count, *values.shape[1:])
+        result[rows] = values
+    if result is None:
+        raise ValueError("no data")
+    return result
+
+
+def _pays(joint: PiecewiseJoint, count: int) -> bool:
+    if joint.tolerance == 0 or len(joint.cells) < MANY_REGIONS or joint.partition.latent_dim > _LATENT_DIMS:
+        return False
+    return count > 0 and (joint.tree is not None or count >= _MANY_DATA)
+
+
+def _pruned(joint: PiecewiseJoint, x: Tensor, rows: Tensor) -> Iterator[Part]:
+    if joint.tree is None:
+        joint.tree = _tree(joint)
+    tree = joint.tree
+    first = torch.cat([tree.best_leaves(_seen(joint, tree, x[some]))[:, 0] for some in rows.split(1024)])
+    # Neighbours share most of their candidates.
+    for some in rows[first.argsort()].split(_SEARCH):
+        data = _seen(joint, tree, x[some])
+        leaves = tree.best_leaves(data)[:, :2]
+        found = tree.search(
+            data, _lower_bound(joint, x[some], tree.leaves[leaves].flatten(1)), joint.tolerance
+        )
+        for block in _blocks(found.kept):
+            regions = tree.leaves[found.kept[block].any(0)].flatten()
+            part = joint.only(regions[regions >= 0])
+            for chunk in part.chunks(x[some[block]]):
+                yield Part(some[block][chunk], part, found.omitted[block][chunk])
+
+
+def _blocks(kept: Tensor) -> list[slice]:
+    """Consecutive rows of kept leaves (N, G) that share enough of them to be worked on together."""
+    blocks, pending = [], [slice(0, len(kept))]
+    while pending:
+        block = pending.pop()
+        middle = (block.start + block.stop) // 2
+        halves = [slice(block.start, middle), slice(middle, block.stop)]
+        whole, *parts = (_cost(kept[rows]) for rows in (block, *halves))
+        if middle > block.start and sum(parts) < whole:
+            pending += reversed(halves)
+        else:
+            blocks.append(block)
+    return blocks
+
+
+def _cost(kept: Tensor) -> int:
+    """Cost of a block, in pairs of datum and leaf."""
+    return _BLOCK + len(kept) * int(kept.any(0).sum())
+
+
+def _tree(joint: PiecewiseJoint) -> RegionTree:
+    (loc, tril), (_, slopes, offsets, _) = joint.prior, joint.whitened_maps()
+    R = len(joint.cells)
+    found = integrals.moments(joint.cells, loc.expand(R, -1), tril.expand(R, -1, -1))
+    slopes = torch.linalg.solve_triangular(tril, slopes, upper=False, left=False)
+    return RegionTree(joint.cells, slopes, offsets - slopes @ loc, found.log_mass, found.mean)
+
+
+def _seen(joint: PiecewiseJoint, tree: RegionTree, x: Tensor) -> Tensor:
+    """Complete rows of x in the coordinates of the tree's boxes."""
+    return joint.whiten(x).data @ tree.rotation
+
+
+def _lower_bound(joint: PiecewiseJoint, x: Tensor, regions: Tensor) -> Tensor:
+    """(N,) what some regions (N, K), -1 for none, add to p(x): its log, relative to the noise's density at its mean."""
+    white = joint.whiten(x)
+    there, index = regions >= 0, regions.clamp(min=0)
+    own = white._replace(slopes=white.slopes[index], offsets=white.offsets[index])
+    log_k, loc, tril = joint.pieces_of(own)
+    L = loc.shape[-1]
+    log_mass = integrals.log_mass(joint.cells[index.flatten()], loc.reshape(-1, L), tril.reshape(-1, L, L))
+    log_joint = log_k + torch.where(there, log_mass.view(there.shape), -torch.inf)
+    return log_joint.logsumexp(1) + white.log_det + 0.5 * white.residual

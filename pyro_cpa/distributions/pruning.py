@@ -1,0 +1,205 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+r"""Which regions matter to a datum: a tree of groups of regions, and certified bounds on what they add to p(x).
+
+With the data and the decoder's images in noise-whitened coordinates, a group G of regions whose images lie in the box B
+adds no more than
+
+.. math::
+
+    \sum_{r \in G} p(x, r) = \int_G N(x; g(z), S_x)\, dp(z) \le P(G)\, |2\pi S_x|^{-1/2} e^{-d(x, B)^2 / 2},
+
+P(G) being its probability under the prior. Groups are halved by the place of their regions, so that few boxes are looked
+at; those left out add less than ``tolerance`` times p(x) together, for which any share of p(x) is a lower bound.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..partition.cells import Cells
+
+__all__ = ["Candidates", "RegionTree"]
+
+_LEAF = 8  # regions of the smallest groups
+_BEAM = 8  # groups per datum on the way to a lower bound
+_START = 64  # groups of the level at which a search begins
+_LEADING = 16  # coordinates looked at first
+_NUMBERS = 2**22  # of one temporary
+
+
+class Candidates(NamedTuple):
+    """What a search finds for N data.
+
+    Attributes:
+        kept: (N, G) True for the leaves of which a region may matter.
+        omitted: (N,) bound on the share of p(x) outside of them.
+    """
+
+    kept: Tensor
+    omitted: Tensor
+
+
+class _Boxes(NamedTuple):
+    """Boxes around groups, level by level: (2^level, D)."""
+
+    low: list[Tensor]
+    high: list[Tensor]
+
+    @classmethod
+    def of_leaves(cls, low: Tensor, high: Tensor, depth: int) -> _Boxes:
+        boxes = cls([low], [high])
+        for _ in range(depth):
+            boxes.low.insert(0, boxes.low[0].view(-1, 2, low.shape[1]).amin(1))
+            boxes.high.insert(0, boxes.high[0].view(-1, 2, low.shape[1]).amax(1))
+        return boxes
+
+    def square(
+        self, data: Tensor, level: int, group: Tensor, first: int = 0, last: int | None = None
+    ) -> Tensor:
+        """Squared distances (...,) of data (..., D) from the boxes of groups (...,), in some coordinates."""
+        x = data[..., first:last]
+        low, high = self.low[level][:, first:last], self.high[level][:, first:last]
+        return torch.maximum(low[group] - x, x - high[group]).clamp(min=0.0).square().sum(-1)
+
+
+class RegionTree:
+    """Groups of R regions, halved from level to level, and boxes around their images.
+
+    Args:
+        cells: the R cells.
+        slopes, offsets: (R, D, L) and (R, D), maps from latents to noise-whitened data.
+        log_mass, mean: (R,) and (R, L), the cells' log-probability and mean under the prior.
+    """
+
+    def __init__(self, cells: Cells, slopes: Tensor, offsets: Tensor, log_mass: Tensor, mean: Tensor) -> None:
+        R, D = offsets.shape
+        self.depth = max(0, math.ceil(math.log2(R / _LEAF)))
+        order = _halved(mean, self.depth)
+        self.leaves = order.view(2**self.depth, -1)
+        """(G, K) regions of each leaf, -1 where there are fewer."""
+        images = (slopes @ mean[..., None])[..., 0] + offsets
+        self.rotation = _principal_axes(images, log_mass.exp())
+        padded = torch.cat([log_mass, log_mass.new_full((1,), -torch.inf)])
+        self.boxes = _Boxes.of_leaves(*self._images(cells, slopes, offsets), self.depth)
+        # Where regions mostly are: these boxes bound nothing, but are finite.
+        there, centre = (self.leaves >= 0)[..., None], (images @ self.rotation)[self.leaves]
+        low, high = (
+            torch.where(there, centre, torch.inf).amin(1),
+            torch.where(there, centre, -torch.inf).amax(1),
+        )
+        self._cores = _Boxes.of_leaves(low, high, self.depth)
+        self._log_mass = [padded[self.leaves].logsumexp(1)]
+        for _ in range(self.depth):
+            self._log_mass.insert(0, self._log_mass[0].view(-1, 2).logsumexp(1))
+
+    def _images(self, cells: Cells, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes (G, D) around the images of the leaves' regions, in the rotated coordinates."""
+        G, K = self.leaves.shape
+        D = offsets.shape[1]
+        low, high = offsets.new_empty(G, D), offsets.new_empty(G, D)
+        corners = cells[torch.zeros(1, dtype=torch.long, device=offsets.device)].generators().shape[1]
+        for part in torch.arange(G, device=offsets.device).split(max(1, _NUMBERS // (K * corners * D))):
+            region = self.leaves[part].reshape(-1)
+            there, region = (region >= 0)[:, None], region.clamp(min=0)
+            generators = cells[region].generators().to(offsets.device)
+            maps, shift = self.rotation.mT @ slopes[region], offsets[region] @ self.rotation
+            least, most = _extent(generators, maps, shift)
+            low[part] = torch.where(there, least, torch.inf).view(-1, K, D).amin(1)
+            high[part] = torch.where(there, most, -torch.inf).view(-1, K, D).amax(1)
+        return low, high
+
+    def best_leaves(self, data: Tensor) -> Tensor:
+        """(N, B) the leaves that a beam finds to matter most, best first, for rotated data (N, D)."""
+        group = torch.zeros(len(data), 1, dtype=torch.long, device=data.device)
+        for level in range(1, self.depth + 1):
+            group = (2 * group[..., None] + torch.arange(2, device=data.device)).flatten(1)
+            share = self._log_mass[level][group] - 0.5 * self._cores.square(data[:, None], level, group)
+            group = group.gather(1, share.argsort(1, descending=True)[:, :_BEAM])
+        return group
+
+    def search(self, data: Tensor, log_bound: Tensor, tolerance: float) -> Candidates:
+        """The leaves that may matter.
+
+        Args:
+            data: (N, D) data in the rotated coordinates.
+            log_bound: (N,) log of a lower bound on p(x), relative to the density of the noise at its mean.
+            tolerance: share of p(x) that may be left out.
+        """
+        N, G = len(data), len(self.leaves)
+        kept = torch.zeros(N, G, dtype=torch.bool, device=data.device)
+        omitted = torch.zeros_like(log_bound)
+        # Half of the tolerance is for groups that are too far whatever their probability, the other half is shared.
+        far, rare = math.log(0.5 * tolerance), math.log(0.5 * tolerance / G)
+        level = min(self.depth, round(math.log2(_START)))
+        rows = torch.arange(N, device=data.device).repeat_interleave(2**level)
+        group = torch.arange(2**level, device=data.device).repeat(N)
+        while True:
+            survivors = []
+            for row, g in zip(rows.split(_NUMBERS // 64), group.split(_NUMBERS // 64), strict=True):
+                square = torch.zeros_like(data[row, 0])
+                for first, last in ((0, _LEADING), (_LEADING, None)):
+                    square = square + self.boxes.square(data[row], level, g, first, last)
+                    log_share = -0.5 * square - log_bound[row]
+                    weighted = log_share + self._log_mass[level][g]
+                    out = (log_share <= far) | (weighted <= rare)
+                    omitted.index_add_(0, row[out], weighted[out].exp())
+                    row, g, square = row[~out], g[~out], square[~out]
+                survivors.append((row, g))
+            rows, group = (torch.cat(part) for part in zip(*survivors, strict=True))
+            if level == self.depth:
+                break
+            level += 1
+            rows = rows.repeat_interleave(2)
+            group = (2 * group[:, None] + torch.arange(2, device=group.device)).flatten()
+        kept[rows, group] = True
+        return Candidates(kept, omitted)
+
+
+def _extent(generators: Tensor, maps: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest coordinates (P, D) of the images of cells (P, C, L + 1) under affine maps (P, D, L), (P, D)."""
+    directions, weight = generators[..., :-1], generators[..., -1:]
+    is_point = weight > 0
+    points = directions / torch.where(is_point, weight, 1.0)
+    first = is_point[..., 0].int().argmax(1)
+    anchor = points[torch.arange(len(points), device=points.device), first][:, None]
+    images = torch.baddbmm(shift[:, None], torch.where(is_point, points, anchor), maps.mT)
+    least, most = images.amin(1), images.amax(1)
+    is_ray = ~is_point & (directions != 0).any(-1, keepdim=True)
+    endless = is_ray.any(1)[:, 0].nonzero()[:, 0]
+    if len(endless):
+        # Along the image of a ray a region has no end.
+        images = torch.where(is_ray, directions, 0.0)[endless] @ maps[endless].mT
+        least[endless] = torch.where((images < 0).any(1), -torch.inf, least[endless])
+        most[endless] = torch.where((images > 0).any(1), torch.inf, most[endless])
+    return least, most
+
+
+def _halved(points: Tensor, depth: int) -> Tensor:
+    """Indices of points (R, L) in an order in which every halving separates near from far; -1 fills the last group."""
+    R, L = points.shape
+    size = math.ceil(R / 2**depth) * 2**depth
+    order = torch.cat([torch.arange(R), torch.full((size - R,), -1)]).to(points.device)
+    # What only fills up counts as being at the far end of every axis.
+    places = torch.cat([points, points.new_full((1, L), torch.inf)])
+    for level in range(depth):
+        order = order.view(2**level, -1)
+        place = places[order]
+        there = (order >= 0)[..., None]
+        spread = torch.where(there, place, -torch.inf).amax(1) - torch.where(there, place, torch.inf).amin(1)
+        axis = spread.nan_to_num(nan=0.0, neginf=0.0).argmax(1)
+        along = place.gather(2, axis[:, None, None].expand(-1, order.shape[1], 1))[..., 0]
+        order = order.gather(1, along.argsort(1))
+    return order.reshape(-1)
+
+
+def _principal_axes(images: Tensor, weights: Tensor) -> Tensor:
+    """(D, D) orthonormal columns, the direction of greatest spread of the weighted images (R, D) first."""
+    weights = weights / weights.sum()
+    centred = images - weights @ images
+    scatter = (centred * weights[:, None]).mT @ centred
+    return torch.linalg.eigh(scatter).eigenvectors.flip(1)
