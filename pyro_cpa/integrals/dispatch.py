@@ -18,7 +18,15 @@ from torch import Tensor
 from pyro_cpa.errors import UnsupportedModel
 from pyro_cpa.partition.cells import Cells
 
-__all__ = ["Moments", "log_mass", "log_mass_bound", "moments", "moments_where", "sample"]
+__all__ = [
+    "Moments",
+    "log_mass",
+    "log_mass_bound",
+    "log_mass_replicates",
+    "moments",
+    "moments_where",
+    "sample",
+]
 
 
 class Moments(NamedTuple):
@@ -67,6 +75,31 @@ def log_mass(cells: Cells, loc: Tensor, scale_tril: Tensor) -> Tensor:
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
     raise _unsupported(cells)
+
+
+@singledispatch
+def log_mass_replicates(cells: Cells, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    r"""Independent estimates of :func:`log_mass`, whose scatter is its standard error.
+
+    .. math:: M_r = \frac1K \sum_{k=1}^K M_{rk}
+
+    Args:
+        cells: R cells of R^L.
+        loc: (..., R, L) means, float64.
+        scale_tril: (R, L, L) or (..., R, L, L) lower Cholesky factors, positive diagonal.
+
+    Returns:
+        (..., R, K) logs of estimates without bias; K = 1 where the log-mass is exact. The k-th of all pairs share
+        their points: an error of a sum over pairs is the scatter of its K replicates.
+
+    Example:
+        >>> import torch
+        >>> from pyro_cpa.partition.cells import Intervals
+        >>> cells = Intervals(torch.tensor([0.0]).double(), torch.tensor([torch.inf]).double())
+        >>> log_mass_replicates(cells, torch.zeros(1, 1).double(), torch.ones(1, 1, 1).double()).exp()
+        tensor([[0.5000]], dtype=torch.float64)
+    """
+    return log_mass(cells, loc, scale_tril)[..., None]
 
 
 @singledispatch

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_cpa.errors import UnsupportedModel
+from pyro_cpa.integrals.estimated_cells import EstimatedPolytopes
 from pyro_cpa.integrals.polygon import map_pairs
 from pyro_cpa.integrals.polygon_frame import Edges, sight
 from pyro_cpa.integrals.polytope import nearest_white
@@ -69,3 +70,8 @@ def _polygons(cells: Polygons, loc: Tensor, scale_tril: Tensor) -> Tensor:
 @torch.no_grad()
 def _polytopes(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
     return loc + (scale_tril @ nearest_white(cells, loc, scale_tril)[..., None])[..., 0]
+
+
+@nearest_point.register
+def _estimated(cells: EstimatedPolytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
+    return nearest_point(cells.cells, loc, scale_tril)

@@ -1,6 +1,6 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-"""Integrals over convex polytopes of three dimensions, bounded or not."""
+"""Integrals over convex polytopes of three dimensions, bounded or not; those of more are estimated."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_cpa.errors import UnsupportedModel
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
+from pyro_cpa.integrals.estimated_cells import EstimatedPolytopes
 from pyro_cpa.integrals.normal import HALF_LOG_2PI, at_a_time
 from pyro_cpa.integrals.polytope_frame import facing, whiten
 from pyro_cpa.integrals.polytope_nearest import nearest_in_half_spaces
@@ -21,14 +21,6 @@ from pyro_cpa.integrals.polytope_slices import slice_log_mass, slice_moments
 from pyro_cpa.partition.cells import Polytopes
 
 __all__ = ["map_pairs", "nearest_white"]
-
-
-def _only_three(cells: Polytopes) -> None:
-    if cells.dim != 3:
-        raise UnsupportedModel(
-            f"no Gaussian integrals are known for polytopes of dimension {cells.dim}; expected 3: use a latent "
-            "space of at most 3 dimensions, or an affine decoder"
-        )
 
 
 _CHUNK = 256  # pairs per thread worked on at a time; each is cut into some 80 slices
@@ -41,15 +33,16 @@ def map_pairs(
     scale_tril: Tensor,
     outputs: int,
     compute: Callable[[Polytopes, Tensor, Tensor], Tensor],
+    chunk: int = _CHUNK,
 ) -> Tensor:
-    """Applies ``compute(cells, loc, scale_tril)``, (P, outputs) from P pairs: (..., R, outputs)."""
+    """Applies ``compute(cells, loc, scale_tril)``, (P, outputs) from P <= chunk pairs: (..., R, outputs)."""
     R, L = loc.shape[-2:]
     regions = torch.arange(R, device=loc.device).expand(loc.shape[:-1]).reshape(-1)
     means = loc.reshape(-1, L)
     shared = scale_tril.dim() == 3
     factors = scale_tril if shared else scale_tril.expand(*loc.shape, L).reshape(-1, L, L)
     found = loc.new_empty(len(regions), outputs)
-    for pairs in torch.arange(len(regions), device=loc.device).split(at_a_time(_CHUNK, loc.device)):
+    for pairs in torch.arange(len(regions), device=loc.device).split(at_a_time(chunk, loc.device)):
         region = regions[pairs]
         if len(region):
             found[pairs] = compute(cells[region], means[pairs], factors[region if shared else pairs])
@@ -95,14 +88,16 @@ def _pair_moments(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
 @log_mass.register
 @torch.no_grad()
 def _log_mass(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
-    _only_three(cells)
+    if cells.dim > 3:
+        return log_mass(EstimatedPolytopes(cells), loc, scale_tril)
     return map_pairs(cells, loc, scale_tril, 1, _pair_log_mass)[..., 0]
 
 
 @moments.register
 @torch.no_grad()
 def _moments(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Moments:
-    _only_three(cells)
+    if cells.dim > 3:
+        return moments(EstimatedPolytopes(cells), loc, scale_tril)
     found = map_pairs(cells, loc, scale_tril, 13, _pair_moments)
     return Moments(found[..., 0], found[..., 1:4], found[..., 4:].unflatten(-1, (3, 3)))
 
@@ -136,7 +131,8 @@ def nearest_white(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
 @sample.register
 @torch.no_grad()
 def _sample(cells: Polytopes, loc: Tensor, scale_tril: Tensor, sample_shape: tuple[int, ...] = ()) -> Tensor:
-    _only_three(cells)
+    if cells.dim > 3:
+        return sample(EstimatedPolytopes(cells), loc, scale_tril, sample_shape)
     count, L = math.prod(sample_shape), loc.shape[-1]
 
     def draw(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Tensor:
