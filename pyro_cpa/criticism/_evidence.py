@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributions import CPAMarginal
 from ..errors import UnsupportedModel
-from ..infer.evidence import Evidence, log_evidence
+from ..infer.evidence import Evidence, integrated_evidence, log_evidence
 
 __all__ = ["as_rows", "evidence_of"]
 
@@ -43,6 +44,9 @@ def evidence_of(fit: Any, x: Any, num_samples: int) -> Evidence:
     if isinstance(fit, tuple):
         model, guide = fit
         return _of_pair(model, guide, x, num_samples)
+    if isinstance(fit, CPAMarginal):
+        log_prob, error = fit.log_prob(as_rows(x), return_error=True)
+        return integrated_evidence(log_prob.to(torch.float64), error.to(torch.float64), num_samples)
     with torch.no_grad():
         log_prob = torch.as_tensor(_exact(fit)(x)).to(torch.float64)
     return Evidence(log_prob, torch.zeros_like(log_prob), torch.full_like(log_prob, num_samples), True)

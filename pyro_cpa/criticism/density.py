@@ -34,7 +34,7 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
     result is in the units of the data.
 
     Args:
-        n_latent: L, at most 3 where there are hidden layers.
+        n_latent: L; beyond 3 densities are estimates where there are hidden layers.
         hidden: widths of the ReLU layers; ``()`` is factor analysis.
         noise: ``"diagonal"``, one scale per column, or ``"isotropic"``, one for all standardised columns.
         solver: ``"lbfgs"`` on the exact evidence, or ``"em"``, whose closed-form steps alternate with it.

@@ -40,7 +40,7 @@ def manifold_distance(marginal: Any, x: Any) -> NearestPoint:
         :class:`NearestPoint`, float64.
 
     Raises:
-        UnsupportedModel: L > 3 with several regions.
+        UnsupportedModel: L > 2 with several regions.
 
     Note:
         Exact, global minimum: a convex quadratic is minimised over every cell, inside or on an edge. O(N R)

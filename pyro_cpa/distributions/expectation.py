@@ -14,7 +14,14 @@ from .. import integrals
 from .parts import Part, gathered, parts
 from .pieces import Pieces, PiecewiseJoint
 
-__all__ = ["RegionPosterior", "evidence", "evidence_and_omitted", "region_log_probs", "region_posteriors"]
+__all__ = [
+    "RegionPosterior",
+    "evidence",
+    "evidence_and_omitted",
+    "evidence_with_error",
+    "region_log_probs",
+    "region_posteriors",
+]
 
 # Pairs of datum and region whose share of p(x) is certainly below exp(-50) = 2e-22 are not integrated:
 # even a million of them change p(x) by less than a unit in the last place.
@@ -53,7 +60,7 @@ def _relevant_pairs(joint: PiecewiseJoint, pieces: Pieces) -> Tensor:
 def region_log_probs(joint: PiecewiseJoint, pieces: Pieces) -> tuple[Tensor, Tensor]:
     """log p(x) (N,) and log p(r | x) (N, R) from the pieces of a batch."""
     cells = joint.cells
-    if len(cells) <= PRUNE_ABOVE:
+    if len(cells) <= PRUNE_ABOVE and joint.is_exact:
         log_joint = pieces.log_k + integrals.log_mass(cells, pieces.loc, pieces.scale_tril)
     else:
         kept = _relevant_pairs(joint, pieces)
@@ -68,7 +75,7 @@ def region_posterior(joint: PiecewiseJoint, x: Tensor) -> RegionPosterior:
     """Evidence, region probabilities and truncated moments of the rows of x (N, D), all at once."""
     pieces = joint.pieces(x)
     cells = joint.cells
-    if len(cells) <= PRUNE_ABOVE:
+    if len(cells) <= PRUNE_ABOVE and joint.is_exact:
         found = integrals.moments(cells, pieces.loc, pieces.scale_tril)
     else:
         kept = _relevant_pairs(joint, pieces)
@@ -99,3 +106,26 @@ def evidence_and_omitted(joint: PiecewiseJoint, x: Tensor) -> tuple[Tensor, Tens
         return x.new_zeros(0), x.new_zeros(0)
     log_prob, omitted = gathered(found, len(x)).unbind(1)
     return log_prob, omitted
+
+
+def evidence_with_error(joint: PiecewiseJoint, x: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(x) of the rows of x (N, D), and its standard error: (N,) each; the error is 0 where log p(x) is exact.
+
+    The replicates of all regions share their points, so that the scatter of their sums is that of p(x).
+    """
+    if joint.is_exact:
+        found = evidence(joint, x)
+        return found, torch.zeros_like(found)
+    values, errors = [x.new_zeros(0)], [x.new_zeros(0)]
+    for part in joint.chunks(x):
+        pieces = joint.pieces(x[part])
+        rows, regions = _relevant_pairs(joint, pieces).nonzero(as_tuple=True)
+        log_k, loc, scale_tril = pieces.pairs(rows, regions)
+        terms = log_k[:, None] + integrals.log_mass_replicates(joint.cells[regions], loc, scale_tril)
+        N, K = len(pieces.log_k), terms.shape[1]
+        top = terms.new_full((N,), -torch.inf).scatter_reduce(0, rows, terms.amax(1), "amax")
+        sums = terms.new_zeros(N, K).index_add(0, rows, (terms - top[rows, None]).exp())
+        mean = sums.mean(1)
+        values.append(mean.log() + top)
+        errors.append(sums.std(1) / (mean * K**0.5))
+    return torch.cat(values), torch.cat(errors)

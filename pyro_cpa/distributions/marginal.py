@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -13,10 +13,11 @@ from torch.distributions.constraints import Constraint
 
 from .. import integrals
 from ..errors import InvalidData
+from ..integrals.estimated_cells import NUM_POINTS
 from ..partition import Partition, enumerate_regions
 from .conditional import CPAConditional
 from .constraints import real_or_missing_vector
-from .expectation import evidence, evidence_and_omitted
+from .expectation import evidence, evidence_and_omitted, evidence_with_error
 from .fisher import differentiable_evidence
 from .parameters import Shape, check_data, noise_factor, prior_factors
 from .pieces import GaussianNoise, GaussianPrior, PiecewiseJoint
@@ -47,12 +48,12 @@ class CPAMarginal(TorchDistribution):
         memory_budget: bytes for the temporaries of one chunk of data.
         tolerance: share of p(x) that may be left out with regions which provably add no more; 0 for none. Partitions of
             a thousand regions and more are searched for those that matter, see :meth:`omitted_share`.
+        num_points: of each integral where L > 3, rounded up to 16 times a power of two.
 
     Shapes: batch_shape ``()``, event_shape ``(D,)``; expands to any batch shape, so that it can stand in a plate.
 
     Raises:
         UnsupportedModule: the decoder is not piecewise affine.
-        UnsupportedModel: L > 3 with several regions, once an integral is asked for.
         RegionBudgetExceeded: too many regions.
         InvalidData: parameters or data of the wrong shape, not finite, or not positive (definite).
 
@@ -61,6 +62,12 @@ class CPAMarginal(TorchDistribution):
         O(N R min(D, H)) for the Gaussian terms, H the last hidden width. ``log_prob`` is differentiable once in
         the decoder's parameters, ``scale``, ``covariance_matrix``, ``loc``, ``prior_covariance`` and x.
         Parameters are read when the distribution is made: make a new one after they change.
+
+        With L > 3 and several regions the integrals are estimates by randomised quasi-Monte Carlo, without bias for
+        p(x), and so is everything made of them (draws are exact given the estimated p(r | x)). They use the same
+        ``num_points`` points for every datum and region and at every call: values are deterministic, no generator is
+        touched, and between nearby parameters most of the error cancels. The gradient estimates that of log p(x); it is
+        not the derivative of the estimate.
 
     References:
         R. Balestriero, S. Paris, R. Baraniuk (2020), "Analytical Probability Distributions and Exact
@@ -93,6 +100,7 @@ class CPAMarginal(TorchDistribution):
         max_regions: int = 200_000,
         memory_budget: int = 2**28,
         tolerance: float = 1e-12,
+        num_points: int = NUM_POINTS,
         validate_args: bool | None = None,
     ) -> None:
         if not 0 <= tolerance < 1:
@@ -114,7 +122,7 @@ class CPAMarginal(TorchDistribution):
         )
         prior = GaussianPrior(self._prior_loc.detach(), self._prior_tril.detach())
         noise = GaussianNoise(self._noise_scale.detach())
-        self.joint = PiecewiseJoint(partition, prior, noise, memory_budget, tolerance)
+        self.joint = PiecewiseJoint(partition, prior, noise, memory_budget, tolerance, num_points=num_points)
         super().__init__(torch.Size(), torch.Size([D]), validate_args=validate_args)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> CPAMarginal:
@@ -125,23 +133,35 @@ class CPAMarginal(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Exact log p(x).
+    @overload
+    def log_prob(self, value: Tensor) -> Tensor: ...
+
+    @overload
+    def log_prob(self, value: Tensor, *, return_error: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    def log_prob(self, value: Tensor, *, return_error: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Exact log p(x); an estimate where L > 3.
 
         Args:
             value: (..., D) data; NaN marks a missing entry, which is marginalised out.
+            return_error: also return the standard error of log p(x), 0 for L <= 3; both without gradients then.
 
         Returns:
             (...,) log-density of the observed entries (0 where all are missing), in the dtype of ``value``.
         """
         x = check_data(value, self.partition.data_dim)
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        if return_error:
+            with torch.no_grad():
+                both = evidence_with_error(self.joint, x)
+            log_prob, error = (part.reshape(value.shape[:-1]).expand(shape).to(value.dtype) for part in both)
+            return log_prob, error
         parameters = (self._noise_scale, self._prior_loc, self._prior_tril)
         if torch.is_grad_enabled():
             maps = self.partition.affine_maps(self._layers)
             found = differentiable_evidence(self.joint, x, *maps, *parameters)
         else:
             found = evidence(self.joint, x)
-        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         return found.reshape(value.shape[:-1]).expand(shape).to(value.dtype)
 
     @torch.no_grad()
@@ -189,7 +209,7 @@ class CPAMarginal(TorchDistribution):
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Prior probability, mean and covariance of z in each region, and the mean of x (all detached)."""
-        joint, cells = self.joint, self.partition.cells
+        joint, cells = self.joint, self.joint.cells
         R = len(cells)
         log_mass, mean, covariance = integrals.moments(
             cells, joint.prior.loc.expand(R, -1), joint.prior.scale_tril.expand(R, -1, -1)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..integrals.compiled import array, in_blocks, runs_compiled
+from ..integrals.estimated_cells import NUM_POINTS, EstimatedPolytopes
 from ..partition import Partition
-from ..partition.cells import Cells
+from ..partition.cells import Cells, Polytopes
 from .missing import log_likelihood, observed_tril
 from .pruning import RegionTree
 
@@ -121,6 +122,7 @@ class PiecewiseJoint:
             method whatever the number of data.
         tolerance: share of p(x) that may be left out with regions which provably matter less; see ``parts``.
         regions: (R,) indices, if only these of the partition's regions are meant.
+        num_points: of integrals that are estimates.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class PiecewiseJoint:
         memory_budget: int = 2**28,
         tolerance: float = 0.0,
         regions: Tensor | None = None,
+        num_points: int = NUM_POINTS,
     ) -> None:
         self.partition = partition
         self.prior = prior
@@ -138,12 +141,22 @@ class PiecewiseJoint:
         self.memory_budget = memory_budget
         self.tolerance = tolerance
         self.regions = regions
+        self.num_points = num_points
         self.tree: RegionTree | None = None  # made by ``parts`` where it pays
         self._complete: tuple[Tensor, ...] | None = None
 
     @cached_property
     def cells(self) -> Cells:
-        return self.partition.cells if self.regions is None else self.partition.cells[self.regions]
+        """Those of the partition; beyond three dimensions their integrals are estimates."""
+        cells = self.partition.cells if self.regions is None else self.partition.cells[self.regions]
+        if isinstance(cells, Polytopes) and cells.dim > 3:
+            return EstimatedPolytopes(cells, self.num_points)
+        return cells
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the integrals over the cells are exact, as they are up to three dimensions."""
+        return not isinstance(self.cells, EstimatedPolytopes)
 
     @cached_property
     def slopes(self) -> Tensor:
@@ -158,7 +171,9 @@ class PiecewiseJoint:
     def only(self, regions: Tensor) -> PiecewiseJoint:
         """The same of some regions (P,), for complete data."""
         basis, slopes, offsets, log_det = self.whitened_maps()
-        part = PiecewiseJoint(self.partition, self.prior, self.noise, self.memory_budget, regions=regions)
+        part = PiecewiseJoint(
+            self.partition, self.prior, self.noise, self.memory_budget, 0.0, regions, self.num_points
+        )
         part._complete = basis, slopes[regions], offsets[regions], log_det
         return part
 

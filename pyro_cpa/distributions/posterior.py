@@ -16,6 +16,7 @@ from torch.distributions.constraints import Constraint
 
 from .. import integrals
 from ..errors import InvalidData
+from ..partition.cells import Cells
 from .expectation import region_log_probs, region_posteriors
 from .parameters import Shape, check_data
 from .parts import gathered, parts
@@ -165,11 +166,30 @@ class CPAPosterior(TorchDistribution):
             n = len(chunk.log_prob)
             region = torch.multinomial(chunk.log_probs.exp(), count, replacement=True).mT.reshape(-1)
             row = torch.arange(n, device=region.device).repeat(count)
-            _, loc, scale_tril = chunk.pieces.pairs(row, region)
-            z = integrals.sample(chunk.joint.cells[region], loc, scale_tril)
+            z = self._draw(chunk.joint.cells, chunk.pieces, row, region)
             drawn.append((chunk.rows, z.reshape(count, n, -1).movedim(0, 1)))
         z = self._gathered(drawn).movedim(0, 1)
         return z.reshape(shape + self._base_shape + z.shape[-1:]).to(self._dtype)
+
+    @staticmethod
+    def _draw(cells: Cells, pieces: Pieces, row: Tensor, region: Tensor) -> Tensor:
+        """One z (P, L) for each of P pairs of row and region; what a pair needs is computed once for all its draws."""
+        R = pieces.log_k.shape[1]
+        pair, inverse, count = torch.unique(row * R + region, return_inverse=True, return_counts=True)
+        z = pieces.loc.new_empty(len(row), pieces.loc.shape[-1])
+        order = inverse.argsort(stable=True)
+        start = count.cumsum(0) - count
+        # Pairs with nearly as many draws go together: at most half of what is drawn is left over.
+        size = count.double().log2().ceil().long()
+        for exponent in size.unique().tolist():
+            some = (size == exponent).nonzero()[:, 0]
+            most = 2**exponent
+            _, loc, scale_tril = pieces.pairs(pair[some] // R, pair[some] % R)
+            draws = integrals.sample(cells[pair[some] % R], loc, scale_tril, (most,)).movedim(0, 1)
+            used = torch.arange(most, device=row.device) < count[some, None]
+            where = start[some, None] + torch.arange(most, device=row.device)
+            z[order[where[used]]] = draws[used]
+        return z
 
     def _mixture_moments(self) -> tuple[Tensor, Tensor]:
         means, covariances = [], []

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import integrals
+from ..integrals.estimated_cells import EstimatedPolytopes
 from ..partition.cells import Cells, Intervals, Polygons, Polytopes, WholeSpace
 from ..partition.walls import Walls
 
@@ -117,9 +119,29 @@ def _intervals(cells: Intervals, loc: Tensor, scale_tril: Tensor, axis: int, at:
     return torch.where(part.lower < part.upper, found, -torch.inf)
 
 
+@log_mass_below.register
+def _estimated(cells: EstimatedPolytopes, loc: Tensor, scale_tril: Tensor, axis: int, at: Tensor) -> Tensor:
+    def estimated(parts: Polytopes) -> EstimatedPolytopes:
+        return EstimatedPolytopes(parts, cells.num_points, cells.seed)
+
+    return _mass_below(cells.cells, loc, scale_tril, axis, at, estimated)
+
+
 @log_mass_below.register(Polygons)
 @log_mass_below.register(Polytopes)
 def _divisible(cells: Polygons | Polytopes, loc: Tensor, scale_tril: Tensor, axis: int, at: Tensor) -> Tensor:
+    return _mass_below(cells, loc, scale_tril, axis, at, lambda parts: parts)
+
+
+def _mass_below(
+    cells: Polygons | Polytopes,
+    loc: Tensor,
+    scale_tril: Tensor,
+    axis: int,
+    at: Tensor,
+    integrated: Callable[[Any], Cells],
+) -> Tensor:
+    """The cells are cut; ``integrated`` says how the parts are integrated over."""
     normal = torch.zeros_like(loc)
     normal[:, axis] = 1.0
     exact = torch.zeros_like(at)
@@ -128,8 +150,8 @@ def _divisible(cells: Polygons | Polytopes, loc: Tensor, scale_tril: Tensor, axi
     inside = (cells.interior_points()[:, axis] <= at) & ~crossed
     found = torch.full_like(at, -torch.inf)
     if bool(inside.any()):
-        found[inside] = integrals.log_mass(cells[inside], loc[inside], scale_tril[inside])
+        found[inside] = integrals.log_mass(integrated(cells[inside]), loc[inside], scale_tril[inside])
     if bool(crossed.any()):
         below, _ = cells[crossed].halves(walls[crossed])
-        found[crossed] = integrals.log_mass(below, loc[crossed], scale_tril[crossed])
+        found[crossed] = integrals.log_mass(integrated(below), loc[crossed], scale_tril[crossed])
     return found

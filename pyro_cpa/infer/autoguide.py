@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..distributions import CPAMarginal, CPAPosterior
 from ..distributions.pieces import PiecewiseJoint
+from ..integrals.estimated_cells import NUM_POINTS
 from ..partition import Partition, enumerate_regions
 from .decoder_guide import AbstractDecoderGuide
 from .structure import ExactProblem, identical
@@ -40,12 +41,15 @@ class AutoCPAPosterior(AbstractDecoderGuide):
         create_plates: as for every Pyro AutoGuide.
         max_regions: more regions than this raise ``RegionBudgetExceeded``.
         memory_budget: bytes for the temporaries of one chunk of data.
+        num_points: of integrals where the latent has more than three dimensions; see
+            :class:`~pyro_cpa.distributions.CPAMarginal`.
 
     Raises:
         UnsupportedModel: at the first call, naming the site that does not fit.
 
     Note:
-        Exact up to float64 rounding. Each call traces the model once (to read data, noise and prior) and runs
+        Exact up to float64 rounding; with more than three latent dimensions evidence and region probabilities are
+        estimates. Each call traces the model once (to read data, noise and prior) and runs
         one E-step; regions are enumerated anew only when the decoder's parameters changed.
 
     References:
@@ -73,10 +77,12 @@ class AutoCPAPosterior(AbstractDecoderGuide):
         create_plates: Callable[..., pyro.plate | Iterable[pyro.plate]] | None = None,
         max_regions: int = 200_000,
         memory_budget: int = 2**28,
+        num_points: int = NUM_POINTS,
     ) -> None:
         super().__init__(model, decoder, create_plates=create_plates)
         self.max_regions = max_regions
         self.memory_budget = memory_budget
+        self.num_points = num_points
         self._enumerated: tuple[list[Tensor], Partition] | None = None
         self._solved: tuple[tuple[Any, ...], CPAPosterior] | None = None
 
@@ -106,12 +112,19 @@ class AutoCPAPosterior(AbstractDecoderGuide):
             loc=problem.prior_loc,
             prior_covariance=problem.prior_tril @ problem.prior_tril.mT,
             memory_budget=self.memory_budget,
+            num_points=self.num_points,
         )
 
     def log_evidence(self, *args: Any, **kwargs: Any) -> Tensor:
         """Exact log p(x) of every datum of the call, differentiable in the model's parameters."""
         problem = self.problem(*args, **kwargs)
         return self._marginal(problem).log_prob(problem.x)
+
+    @torch.no_grad()
+    def log_evidence_with_error(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """log p(x) of every datum of the call and its standard error: 0 up to three latent dimensions."""
+        problem = self.problem(*args, **kwargs)
+        return self._marginal(problem).log_prob(problem.x, return_error=True)
 
     def posterior(self, *args: Any, **kwargs: Any) -> CPAPosterior:
         """Exact p(z | x) of every datum of the call."""

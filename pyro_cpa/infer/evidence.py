@@ -16,7 +16,7 @@ from ..errors import InvalidData
 from .autoguide import AutoCPAPosterior
 from .particles import sample_log_weights
 
-__all__ = ["Evidence", "log_evidence", "pointwise_log_likelihood"]
+__all__ = ["Evidence", "integrated_evidence", "log_evidence", "pointwise_log_likelihood"]
 
 
 class Evidence(NamedTuple):
@@ -54,7 +54,8 @@ def log_evidence(
 
     Args:
         model: a Pyro model.
-        guide: its guide; with :class:`AutoCPAPosterior` the evidence is exact and nothing is drawn.
+        guide: its guide; with :class:`AutoCPAPosterior` the evidence is integrated and nothing is drawn: it is exact
+            up to three latent dimensions.
         args: of both.
         num_particles: K.
         chunk_size: particles in memory at a time; by default all.
@@ -92,9 +93,7 @@ def log_evidence(
         True
     """
     if isinstance(guide, AutoCPAPosterior):
-        with torch.no_grad():
-            log_prob = guide.log_evidence(*args, **kwargs)
-        return Evidence(log_prob, torch.zeros_like(log_prob), torch.full_like(log_prob, num_particles), True)
+        return integrated_evidence(*guide.log_evidence_with_error(*args, **kwargs), num_particles)
     if num_particles < 2:
         raise InvalidData(
             f"num_particles is {num_particles}: an estimate with a standard error needs at least 2"
@@ -116,6 +115,12 @@ def log_evidence(
         # Rounding may bring the ESS of equal weights a hair above K.
         variance = (count / (count - 1) * (1 / ess - 1 / count)).clamp(min=0)
         return Evidence(total - count.log(), variance.sqrt(), ess, False)
+
+
+def integrated_evidence(log_prob: Tensor, error: Tensor, num_particles: int) -> Evidence:
+    """An evidence by integration over cells; where that is an estimate, its ESS is that of draws with the same error."""
+    ess = 1 / (error.square() + 1 / num_particles)
+    return Evidence(log_prob, error, ess, not bool((error > 0).any()))
 
 
 def pointwise_log_likelihood(

@@ -15,7 +15,7 @@ They dispatch on the kind of cells: whole space (any dimension), intervals, poly
 Masses and moments of polytopes of more dimensions are estimates, with a standard error (``EstimatedPolytopes``).
 """
 
-from pyro_cpa.integrals import estimated, interval, polygon, polytope, separation, whole_space
+from pyro_cpa.integrals import estimated, interval, polygon, polytope, whole_space
 from pyro_cpa.integrals.dispatch import (
     Moments,
     log_mass,
@@ -42,6 +42,5 @@ __all__ = [
     "polygon",
     "polytope",
     "sample",
-    "separation",
     "whole_space",
 ]

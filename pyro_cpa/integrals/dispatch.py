@@ -65,7 +65,8 @@ def log_mass(cells: Cells, loc: Tensor, scale_tril: Tensor) -> Tensor:
 
     Note:
         Absolute error 1e-10 from log-mass 0 down to -1e4, and as the rounding of ``loc`` and of the cells
-        allows beyond. No gradient: differentiate by Fisher's identity. Temporaries stay below 256 MB.
+        allows beyond; polytopes of more than three dimensions: an estimate. No gradient: differentiate by Fisher's
+        identity. Temporaries stay below 256 MB.
 
     Example:
         >>> import torch

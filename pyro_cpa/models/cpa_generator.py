@@ -20,7 +20,7 @@ from pyro_cpa.distributions import CPAMarginal, CPAPosterior
 from pyro_cpa.errors import InvalidData
 from pyro_cpa.infer.autoguide import AutoCPAPosterior
 from pyro_cpa.infer.em import EM
-from pyro_cpa.infer.evidence import Evidence
+from pyro_cpa.infer.evidence import Evidence, integrated_evidence
 from pyro_cpa.infer.exact_fit import AbstractExactFit, StepRecord
 from pyro_cpa.infer.exact_ml import ExactML
 from pyro_cpa.models.gaussian_noise import GaussianNoise, NoiseKind
@@ -29,7 +29,7 @@ from pyro_cpa.models.likelihoods import Mode
 from pyro_cpa.models.networks import Activation, mlp
 from pyro_cpa.partition import Network
 
-__all__ = ["CPAGenerator", "FitMethod", "exact_evidence"]
+__all__ = ["CPAGenerator", "FitMethod"]
 
 FitMethod = Literal["em", "em+lbfgs", "ml"]
 
@@ -44,7 +44,7 @@ class CPAGenerator(AbstractLatentModel):
 
     Args:
         data_dim: D.
-        latent_dim: L, at most 3 unless the decoder is affine.
+        latent_dim: L; beyond 3 the evidence is an estimate unless the decoder is affine.
         hidden_dims: Widths of the decoder's hidden layers; none for an affine decoder.
         activation: Makes the piecewise-linear activation module of the hidden layers.
         decoder: A module R^L -> R^D instead of the one that ``hidden_dims`` and ``activation`` describe.
@@ -148,7 +148,11 @@ class CPAGenerator(AbstractLatentModel):
             prior = {"loc": self.prior_loc, "prior_covariance": tril @ tril.mT}
         partition = self.guide.partition()
         return CPAMarginal(
-            partition, **self.likelihood.arguments(), **prior, memory_budget=self.guide.memory_budget
+            partition,
+            **self.likelihood.arguments(),
+            **prior,
+            memory_budget=self.guide.memory_budget,
+            num_points=self.guide.num_points,
         )
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -160,9 +164,10 @@ class CPAGenerator(AbstractLatentModel):
 
         Args:
             x: (N, D) data.
-            num_particles: Idle; here so that exact and sampled models are called alike.
+            num_particles: Idle where the evidence is exact; here so that exact and sampled models are called alike.
         """
-        return exact_evidence(self.log_prob, x, num_particles=num_particles)
+        found = self.marginal().log_prob(self.checked(x), return_error=True)
+        return integrated_evidence(*found, num_particles)
 
     def posterior(self, x: Tensor) -> CPAPosterior:
         """Exact p(z | x): batch shape (N,), event shape (L,)."""
@@ -261,10 +266,3 @@ class CPAGenerator(AbstractLatentModel):
     @property
     def _learns_noise(self) -> bool:
         return any(p.requires_grad for p in self.likelihood.parameters())
-
-
-def exact_evidence(log_prob: Any, *args: Any, num_particles: int) -> Evidence:
-    """``log_prob(*args)`` as an :class:`~pyro_cpa.infer.Evidence` without error."""
-    with torch.no_grad():
-        found = log_prob(*args)
-    return Evidence(found, torch.zeros_like(found), torch.full_like(found, num_particles), True)

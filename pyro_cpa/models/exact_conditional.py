@@ -33,7 +33,7 @@ class ConditionalCPAGenerator(AbstractLabelledGenerator):
     Args:
         data_dim: D.
         num_classes: C; labels are integers 0, ..., C-1.
-        latent_dim: L, at most 3 unless the decoder is affine.
+        latent_dim: L; beyond 3 the evidence is an estimate unless the decoder is affine.
         label_in: "both"; "prior" for p(z|y) p(x|z); "decoder" for p(z) p(x|y,z).
         hidden_dims: Widths of the decoder's hidden layers.
         activation: Makes the piecewise-linear activation module of the hidden layers.

@@ -37,7 +37,7 @@ class MixtureCPAGenerator(AbstractLabelledGenerator):
     Args:
         data_dim: D.
         num_clusters: C.
-        latent_dim: L, at most 3 unless the decoder is affine.
+        latent_dim: L; beyond 3 the evidence is an estimate unless the decoder is affine.
         hidden_dims: Widths of the decoder's hidden layers.
         activation: Makes the piecewise-linear activation module of the hidden layers.
         noise: Form of S_x: "scalar", "diagonal" or "full".

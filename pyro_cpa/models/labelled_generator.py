@@ -16,9 +16,8 @@ from torch.distributions import constraints
 
 from pyro_cpa.distributions import CPAMarginal
 from pyro_cpa.errors import InvalidData
-from pyro_cpa.infer.evidence import Evidence
+from pyro_cpa.infer.evidence import Evidence, integrated_evidence
 from pyro_cpa.infer.lbfgs import HISTORY, climb
-from pyro_cpa.models.cpa_generator import exact_evidence
 from pyro_cpa.models.gaussian_noise import GaussianNoise, NoiseKind
 from pyro_cpa.models.latent_model import AbstractLatentModel, check_count, check_labels
 from pyro_cpa.models.likelihoods import Mode
@@ -40,7 +39,7 @@ class AbstractLabelledGenerator(AbstractLatentModel):
     Args:
         data_dim: D.
         num_classes: C; labels are integers 0, ..., C-1.
-        latent_dim: L, at most 3 unless the decoder is affine.
+        latent_dim: L; beyond 3 the evidence is an estimate unless the decoder is affine.
         label_in: Where y enters: "prior", "decoder" or "both".
         hidden_dims: Widths of the decoder's hidden layers.
         activation: Makes the piecewise-linear activation module of the hidden layers.
@@ -125,9 +124,22 @@ class AbstractLabelledGenerator(AbstractLatentModel):
         Args:
             x: (N, D) data, NaN where missing.
             y: (N,) labels or one for all rows; None for log p(x).
-            num_particles: Idle; here so that exact and sampled models are called alike.
+            num_particles: Idle where the evidence is exact; here so that exact and sampled models are called alike.
         """
-        return exact_evidence(self.log_prob, x, y, num_particles=num_particles)
+        x = self.checked(x)
+        with torch.no_grad():
+            found = [marginal.log_prob(x, return_error=True) for marginal in self.marginals()]
+            log_prob, error = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
+            if y is not None:
+                labels = self._labels(y, len(x))[:, None]
+                return integrated_evidence(
+                    log_prob.gather(1, labels)[:, 0], error.gather(1, labels)[:, 0], num_particles
+                )
+            joint = log_prob + self.label_probs.log()
+            # Labels share their points: at worst their errors add up.
+            return integrated_evidence(
+                joint.logsumexp(-1), (joint.softmax(-1) * error).sum(-1), num_particles
+            )
 
     @torch.no_grad()
     def class_probs(self, x: Tensor) -> Tensor:

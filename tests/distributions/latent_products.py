@@ -16,16 +16,17 @@ WIDTH, OUTPUTS = 2, 2
 
 @dataclass
 class Product:
-    """L decoders of one latent each, and the decoder of L latents ``z = turn u + shift`` that joins them."""
+    """Decoders of few latents, and the decoder of L latents ``z = turn u + shift`` that joins them."""
 
     joint: CPAMarginal
     parts: list[CPAMarginal]
     turn: torch.Tensor
     shift: torch.Tensor
     noise: torch.Tensor
+    outputs: list[int]
 
     def each(self, function, x):
-        blocks = x.split(OUTPUTS, dim=-1)
+        blocks = x.split(self.outputs, dim=-1)
         return [function(px, block) for px, block in zip(self.parts, blocks, strict=True)]
 
     def sum(self, function, x):
@@ -46,24 +47,26 @@ def net(*sizes):
 
 
 def product(latents, turned=True, seed=0):
+    """``latents`` decoders of one latent each, or a tuple of the latents of each decoder."""
+    sizes = (1,) * latents if isinstance(latents, int) else latents
     torch.manual_seed(seed)
-    nets = [net(1, WIDTH, OUTPUTS) for _ in range(latents)]
-    noise = 0.3 + 0.5 * torch.rand(latents * OUTPUTS)
-    eye = torch.eye(latents)
-    turn = eye + 0.4 * torch.randn(latents, latents) if turned else eye
-    shift = 0.5 * torch.randn(latents) if turned else torch.zeros(latents)
-    joined = nn.Sequential(
-        nn.Linear(latents, latents * WIDTH), nn.ReLU(), nn.Linear(latents * WIDTH, len(noise))
-    )
+    nets = [net(size, WIDTH + 2 * (size > 1), OUTPUTS + (size > 1)) for size in sizes]
+    outputs = [n[2].out_features for n in nets]
+    noise = 0.3 + 0.5 * torch.rand(sum(outputs))
+    eye = torch.eye(sum(sizes))
+    turn = eye + 0.4 * torch.randn(len(eye), len(eye)) if turned else eye
+    shift = 0.5 * torch.randn(len(eye)) if turned else torch.zeros(len(eye))
+    hidden = sum(n[0].out_features for n in nets)
+    joined = nn.Sequential(nn.Linear(len(eye), hidden), nn.ReLU(), nn.Linear(hidden, len(noise)))
     inverse = torch.linalg.inv(turn)
     weight = torch.block_diag(*(n[0].weight.data for n in nets)) @ inverse
     joined[0].weight.data = weight
     joined[0].bias.data = torch.cat([n[0].bias.data for n in nets]) - weight @ shift
     joined[2].weight.data = torch.block_diag(*(n[2].weight.data for n in nets))
     joined[2].bias.data = torch.cat([n[2].bias.data for n in nets])
-    parts = [CPAMarginal(n, s) for n, s in zip(nets, noise.split(OUTPUTS), strict=True)]
+    parts = [CPAMarginal(n, s) for n, s in zip(nets, noise.split(outputs), strict=True)]
     joint = CPAMarginal(joined, noise, loc=shift, prior_covariance=turn @ turn.mT)
-    return Product(joint, parts, turn, shift, noise)
+    return Product(joint, parts, turn, shift, noise, outputs)
 
 
 def hidden_latent(latents, seed=0):
