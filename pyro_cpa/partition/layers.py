@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -136,6 +137,11 @@ class Elementwise(Layer):
         """(K, H) or (K, 1): True where the slope changes at the knot; elsewhere the knot is no wall."""
         return self.slopes[1:] != self.slopes[:-1]
 
+    @cached_property
+    def _shifts(self) -> bool:
+        """Whether any segment has an intercept; those of the rectifiers have none."""
+        return self.intercepts.requires_grad or bool((self.intercepts != 0).any())
+
     def segments(self, values: Tensor) -> Tensor:
         """Segment (int8) on which each of ``values`` (R, H) lies."""
         pattern = torch.zeros(values.shape, dtype=torch.int8, device=values.device)
@@ -152,13 +158,15 @@ class Elementwise(Layer):
         return found[:, None]
 
     def push(self, inputs: Sequence[Tensor], constant: Tensor, pattern: Tensor | None) -> Tensor:
-        slopes, intercepts = self._on(self.slopes, pattern), self._on(self.intercepts, pattern)
-        return inputs[0] * slopes + constant[:, None] * intercepts
+        scaled = inputs[0] * self._on(self.slopes, pattern)
+        return scaled + constant[:, None] * self._on(self.intercepts, pattern) if self._shifts else scaled
 
     def push_magnitude(
         self, magnitudes: Sequence[Tensor], inputs: Sequence[Tensor], pattern: Tensor | None
     ) -> Tensor:
         total = magnitudes[0] * self._on(self.slopes, pattern).abs()
+        if not self._shifts:
+            return total
         return total + constant_row(total) * self._on(self.intercepts, pattern).abs()
 
     def pull(self, jacobian: Tensor, pattern: Tensor | None) -> Sequence[Tensor | None]:

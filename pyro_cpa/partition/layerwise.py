@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import InvalidData, RegionBudgetExceeded
 from .arrangement import Arrangement, Line
@@ -24,9 +25,11 @@ CHUNK_BYTES = 2**24
 
 Measured: flat from 2**22 to 2**25."""
 
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"  # layers are counted in fractions
+
 
 def cut_layer_by_layer(
-    network: Network, layers: Sequence[Layer], max_regions: int
+    network: Network, layers: Sequence[Layer], max_regions: int, progress: bool = False
 ) -> tuple[Arrangement, tuple[Tensor, ...]]:
     """Cells of the network, and the segment (R, H) on which every unit of each activation layer is.
 
@@ -37,11 +40,12 @@ def cut_layer_by_layer(
     arrangement: Arrangement = Line(like) if L == 1 else Plane(like, L)
     patterns: list[Tensor] = []
     graph = network.graph
+    bar = tqdm(total=sum(graph.switches), disable=not progress, desc="regions", bar_format=_BAR)
     for index, layer in enumerate(layers):
         if isinstance(layer, Elementwise) and layer.switches:
             # The units' inputs are affine on every cell so far.
             value, place = graph.inputs[index][0], network.places[index]
-            walls = _crossing(arrangement, graph, layers, patterns, value, layer, like, place)
+            walls = _crossing(arrangement, graph, layers, patterns, value, layer, like, place, bar)
 
             def check(count: int, place: str = place) -> None:
                 if count > max_regions:
@@ -53,6 +57,8 @@ def cut_layer_by_layer(
             parents = arrangement.cut(walls, check)
             patterns = [pattern[parents] for pattern in patterns]
             patterns.append(_segments(arrangement, graph, layers, patterns, value, layer, like))
+            bar.set_postfix_str(f"{len(arrangement.cells)} after {place}")
+    bar.close()
     return arrangement, tuple(patterns)
 
 
@@ -65,6 +71,7 @@ def _crossing(
     layer: Elementwise,
     like: Tensor,
     place: str,
+    bar: tqdm,
 ) -> Walls:
     """The walls of ``layer``, whose units take ``value``, that cross cells."""
     basis = homogeneous_basis(arrangement.cells.dim, like)
@@ -80,6 +87,7 @@ def _crossing(
         maps, magnitude = maps.expand(count, -1, -1), magnitude.expand(count, -1, -1)
         found = crossing_walls(generators[rows], maps, magnitude, layer)
         walls.append(found.of(found.cell + rows.start))
+        bar.update(count / len(generators))
     return Walls.cat(walls)
 
 

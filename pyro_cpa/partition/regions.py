@@ -221,7 +221,10 @@ class Partition:
 
 
 def enumerate_regions(
-    decoder: nn.Module | Network, max_regions: int = 200_000, latent_dim: int | None = None
+    decoder: nn.Module | Network,
+    max_regions: int = 200_000,
+    latent_dim: int | None = None,
+    progress: bool = False,
 ) -> Partition:
     r"""All regions of a continuous piecewise-affine decoder, and its affine map on each.
 
@@ -237,6 +240,7 @@ def enumerate_regions(
             it again.
         max_regions: more regions than this raise.
         latent_dim: L, where no layer of the decoder tells it.
+        progress: show a progress bar over the layers: a million regions take a minute or two.
 
     Returns:
         The :class:`Partition`, in float64 on the decoder's device, detached from its parameters.
@@ -271,5 +275,5 @@ def enumerate_regions(
     network = decoder if isinstance(decoder, Network) else Network(decoder, latent_dim)
     with torch.no_grad():
         layers = network.snapshot()
-        arrangement, patterns = cut_layer_by_layer(network, layers, max_regions)
+        arrangement, patterns = cut_layer_by_layer(network, layers, max_regions, progress)
     return Partition(network, layers, arrangement, patterns)

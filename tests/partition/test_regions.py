@@ -158,3 +158,10 @@ def test_the_default_dtype_does_not_matter(name):
 
 def test_repr_tells_the_size():
     assert repr(enumerate_regions(mlp(1, 3, 2))) == "Partition(R^1 -> R^2, 4 regions)"
+
+
+def test_progress_is_shown_where_it_is_asked_for(capsys):
+    enumerate_regions(mlp(2, 8, 8, 3), progress=True)
+    assert "100%" in capsys.readouterr().err
+    enumerate_regions(mlp(2, 8, 8, 3))
+    assert capsys.readouterr().err == ""
