@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every objective against the truth: its gap, and bias, noise and signal of its gradients.
 
-    python benchmarks/bounds.py            # half an hour, one thread; resumes row by row
+    python benchmarks/bounds.py            # some minutes, one thread; resumes row by row
     python benchmarks/bounds.py --smoke    # the same in seconds; writes nothing
 
 Two models whose evidence is known: a sigmoid belief net with 4 and 3 binary latents, enumerated, and a
@@ -18,7 +18,7 @@ thing at a time: the particles S, the mismatch (given as KL(guide || posterior) 
 - cosine: between the guide's mean gradient and the direction in which KL(guide || posterior) falls fastest.
 
 Then every objective trains both nets from the same starts: exact log p(x) of the training data and KL(guide || posterior)
-after equally many steps of Adam, S = 5.
+after equally many steps of Adam, S = 5, 10 seeds; the guide of the decoder has parameters for each datum.
 
 Prints its tables and keeps them in benchmarks/results/bounds.csv and bounds_training.csv, with one figure a sweep.
 """
@@ -26,23 +26,19 @@ Prints its tables and keeps them in benchmarks/results/bounds.csv and bounds_tra
 from __future__ import annotations
 
 import csv
-import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
+from known_evidence import BeliefNet, Decoder, Pair, Weights
 from matplotlib.figure import Figure
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.nn import PyroModule
 from runs import Stopwatch, arguments, folders, provenance, put, show
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_cpa.distributions import CPAMarginal
 from pyro_cpa.infer import (
     TVO,
     AnalyticELBO,
@@ -54,98 +50,21 @@ from pyro_cpa.infer import (
     OptimalLeft,
     ReweightedWakeSleepELBO,
 )
-from pyro_cpa.models import SigmoidBeliefNet
 
 __all__: list[str] = []
 
-DATA, NOISE = 10, 0.3
 PARTICLES = (2, 5, 10, 50, 200)
 MISMATCH = {"belief net": (0.0, 0.25, 0.5, 0.75, 1.0), "decoder": (0.0, 0.5, 1.0, 2.0, 3.0)}
 NODES = (1, 2, 5, 10, 20, 50)
 KEYS = ("model", "sweep", "objective", "S", "mismatch")
 
 
-# ---- models whose evidence is known ----------------------------------------------------------------------
+MODELS: dict[str, type[Pair]] = {"belief net": BeliefNet, "decoder": Decoder}
 
 
-class BeliefNet:
-    """Two layers of 4 and 3 binary latents over 8 binary entries."""
-
-    def __init__(self, seed: int, rows: int = DATA) -> None:
-        torch.manual_seed(seed)
-        self.net = SigmoidBeliefNet(8, (4, 3))
-        for value in self.net.generation.parameters():
-            nn.init.normal_(value)
-        bits = torch.tensor(list(itertools.product([0.0, 1.0], repeat=7)))
-        self.states = bits[:, None, :4], bits[:, None, 4:]
-        self.x = self.net.sample_generation(rows)[0]
-        self.model, self.guide = self.net.model, self.net.guide
-        self.theta = [*self.net.generation.parameters(), self.net.prior_logits]
-        self.phi = list(self.net.recognition.parameters())
-
-    def joint(self) -> tuple[Tensor, Tensor]:
-        """log p(x, z) and log q(z | x), (128, N)."""
-        z1, z2 = (z.expand(-1, len(self.x), -1) for z in self.states)
-        layers = [self.x.expand(len(z1), -1, -1), z1, z2]
-        return self.net.log_generation(layers), self.net.log_recognition(layers)
-
-    def evidence(self) -> Tensor:
-        return self.joint()[0].logsumexp(0)
-
-    def divergence(self) -> Tensor:
-        """KL(guide || posterior) of each datum."""
-        log_p, log_q = self.joint()
-        return (log_q.exp() * (log_q - log_p + log_p.logsumexp(0))).sum(0)
-
-    def lead_away(self, mismatch: float) -> None:
-        with torch.no_grad():
-            for value in self.phi:
-                value.mul_(1 - mismatch)
-
-
-class Decoder:
-    """A piecewise-affine decoder 2-8-4 with Gaussian noise; the guide has a mean and a scale for each datum."""
-
-    def __init__(self, seed: int, rows: int = DATA) -> None:
-        torch.manual_seed(seed)
-        self.net = PyroModule[nn.Sequential](nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4))
-        for value in self.net.parameters():
-            nn.init.normal_(value)
-        self.x = CPAMarginal(self.net, NOISE).sample((rows,)).detach()
-        self.loc, self.log_scale = (nn.Parameter(torch.zeros(rows, 2) + start) for start in (0.0, -1.0))
-        self.theta, self.phi = list(self.net.parameters()), [self.loc, self.log_scale]
-
-    def model(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.net(z), NOISE).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.loc, self.log_scale.exp()).to_event(1))
-
-    def evidence(self) -> Tensor:
-        return CPAMarginal(self.net, NOISE).log_prob(self.x)
-
-    def divergence(self) -> Tensor:
-        """KL(guide || posterior) of each datum: analytic against the prior, 4096 antithetic draws otherwise."""
-        half = torch.randn(2048, *self.loc.shape, generator=torch.Generator().manual_seed(0))
-        z = self.loc + self.log_scale.exp() * torch.cat([half, -half])
-        likelihood = dist.Normal(self.net(z), NOISE).log_prob(self.x).sum(-1).mean(0)
-        prior = 0.5 * (self.loc**2 + (2 * self.log_scale).exp() - 1) - self.log_scale
-        return self.evidence().detach() - likelihood + prior.sum(-1)
-
-    def lead_away(self, mismatch: float) -> None:
-        with torch.no_grad():
-            self.loc += mismatch * self.log_scale.exp()
-
-
-MODELS: dict[str, Callable[..., BeliefNet | Decoder]] = {"belief net": BeliefNet, "decoder": Decoder}
-
-
-def fit_guide(pair: BeliefNet | Decoder, steps: int) -> None:
+def fit_guide(pair: Pair, steps: int) -> None:
     """The best guide of its family, by the exact divergence."""
-    optim = torch.optim.LBFGS(pair.phi, max_iter=steps, line_search_fn="strong_wolfe")
+    optim = torch.optim.LBFGS(list(pair.phi.values()), max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optim.zero_grad()
@@ -160,7 +79,7 @@ def fit_guide(pair: BeliefNet | Decoder, steps: int) -> None:
 
 
 def objectives(name: str, S: int) -> dict[str, ELBO]:
-    many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1}
+    many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 2}
     found: dict[str, ELBO] = {"Trace_ELBO": Trace_ELBO(S, **many)}
     if name == "decoder":
         found["AnalyticELBO"] = AnalyticELBO(S, **many)
@@ -175,7 +94,7 @@ def objectives(name: str, S: int) -> dict[str, ELBO]:
 
 
 def schedules(S: int) -> dict[str, TVO]:
-    many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 1}
+    many: dict[str, Any] = {"vectorize_particles": True, "max_plate_nesting": 2}
     found = {}
     for K in NODES:
         kinds = {"linear": Linear(K)}
@@ -189,45 +108,44 @@ def schedules(S: int) -> dict[str, TVO]:
 # ---- measurement -----------------------------------------------------------------------------------------
 
 
-def gradient(values: list[nn.Parameter]) -> Tensor:
-    return torch.cat([(torch.zeros_like(v) if v.grad is None else v.grad).flatten() for v in values]).clone()
+def gradient(weights: Weights) -> Tensor:
+    """(R, P)."""
+    found = [torch.zeros_like(v) if v.grad is None else v.grad for v in weights.values()]
+    return torch.cat([value.flatten(1) for value in found], 1)
 
 
-def clear(pair: BeliefNet | Decoder) -> None:
-    for value in (*pair.theta, *pair.phi):
-        value.grad = None
-
-
-def exact(pair: BeliefNet | Decoder) -> tuple[float, float, Tensor, Tensor]:
+def exact(pair: Pair) -> tuple[float, float, Tensor, Tensor]:
     """log p and KL per datum, the gradient of log p(x), and the direction in which the divergence falls."""
-    clear(pair)
-    evidence = pair.evidence().sum()
-    evidence.backward()
-    model = gradient(pair.theta)
-    clear(pair)
-    divergence = pair.divergence().sum()
-    divergence.backward()
-    return evidence.item() / len(pair.x), divergence.item() / len(pair.x), model, -gradient(pair.phi)
+    one = pair.copies(1)
+    evidence = one.evidence()
+    evidence.sum().backward()
+    model = gradient(one.theta)[0]
+    one = pair.copies(1)
+    divergence = one.divergence()
+    divergence.sum().backward()
+    return evidence.mean().item(), divergence.mean().item(), model, -gradient(one.phi)[0]
 
 
-def measure(pair: BeliefNet | Decoder, elbo: ELBO, repeats: int) -> dict[str, str]:
+def measure(pair: Pair, elbo: ELBO, blocks: int, copies: int) -> dict[str, str]:
+    """Gradients of ``blocks`` x ``copies`` steps, the copies of a block at once."""
     evidence, divergence, true_model, downhill = exact(pair)
     pyro.set_rng_seed(0)
+    elbo.differentiable_loss(pair.copies(copies).model, pair.copies(copies).guide)  # adaptive nodes settle
     values, model, guide = [], [], []
-    for _ in range(repeats):
-        clear(pair)
-        loss = elbo.differentiable_loss(pair.model, pair.guide, pair.x)
+    for _ in range(blocks):
+        block = pair.copies(copies)
+        loss = elbo.differentiable_loss(block.model, block.guide)
         loss.backward()
-        values.append(-loss.item() / len(pair.x))
+        values.append(-loss.item() / block.observed().shape[:2].numel())
         # The objectives leave gradients of their losses, to be minimised.
-        model.append(-gradient(pair.theta))
-        guide.append(-gradient(pair.phi))
-    bound, thetas, phis = torch.tensor(values), torch.stack(model), torch.stack(guide)
+        model.append(-gradient(block.theta))
+        guide.append(-gradient(block.phi))
+    bound, thetas, phis = torch.tensor(values), torch.cat(model), torch.cat(guide)
     size = true_model.norm()
 
     def squared(mean: Tensor, variance: Tensor) -> Tensor:
         """Squared norm without the noise that averaging leaves in it."""
-        return (mean.square() - variance / repeats).sum().clamp(min=0.0)
+        return (mean.square() - variance / len(thetas)).sum().clamp(min=0.0)
 
     bias = squared(thetas.mean(0) - true_model, thetas.var(0)).sqrt() / size
     noise = phis.var(0).sum().sqrt()
@@ -236,11 +154,12 @@ def measure(pair: BeliefNet | Decoder, elbo: ELBO, repeats: int) -> dict[str, st
     return {
         "KL(q||p)": f"{divergence:.3f}",
         "gap": f"{round(evidence - bound.mean().item(), 4) + 0.0:.4f}",
-        "s.e.": f"{bound.std().item() / math.sqrt(repeats):.4f}",
+        "s.e.": f"{bound.std().item() / math.sqrt(blocks):.4f}",
         "model bias": f"{bias.item():.3f}",
         "model noise": f"{(thetas.var(0).sum().sqrt() / size).item():.3f}",
         "signal/noise": f"{(signal / noise).item():.3f}",
         "cosine": f"{cosine.item():.2f}",
+        "steps": str(len(thetas)),
     }
 
 
@@ -265,32 +184,25 @@ def sweeps(smoke: bool) -> list[tuple[str, str, float, int, str, ELBO]]:
 
 
 def table(path: Path, smoke: bool) -> list[dict[str, str]]:
-    repeats, rows = 3 if smoke else 200, []
+    (blocks, copies), rows = (2, 2) if smoke else (10, 100), []
     done = {}
     if path.exists():
         with open(path, newline="") as file:
             done = {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
-    fitted: dict[str, BeliefNet | Decoder] = {}
+    fitted: dict[str, Pair] = {}
     for name, sweep, off, S, label, elbo in tqdm(sweeps(smoke), desc="rows"):
         key = (name, sweep, label, str(S), f"{off:g}")
         if key in done:
             rows.append(done[key])
             continue
-        pyro.clear_param_store()
         if name not in fitted:
-            fitted[name] = MODELS[name](seed=0)
+            fitted[name] = MODELS[name].draw(seed=0)
             fit_guide(fitted[name], 5 if smoke else 200)
-        pair = fitted[name]
-        kept = [value.detach().clone() for value in pair.phi]
-        pair.lead_away(off)
         watch = Stopwatch()
-        row = dict(zip(KEYS, key, strict=True)) | measure(pair, elbo, repeats)
+        row = dict(zip(KEYS, key, strict=True)) | measure(fitted[name].led_away(off), elbo, blocks, copies)
         wall, cpu = watch.read()
-        row |= {"repeats": str(repeats), "wall s": f"{wall:.1f}", "CPU s": f"{cpu:.1f}"}
+        row |= {"wall s": f"{wall:.1f}", "CPU s": f"{cpu:.1f}"}
         row |= provenance() | {"command": "python benchmarks/bounds.py"}
-        with torch.no_grad():
-            for value, old in zip(pair.phi, kept, strict=True):
-                value.copy_(old)
         put(path, [row], KEYS)
         rows.append(row)
     return rows
@@ -299,41 +211,43 @@ def table(path: Path, smoke: bool) -> list[dict[str, str]]:
 def training(path: Path, smoke: bool) -> list[dict[str, str]]:
     """Exact log p of the training rows after training with each objective from the same starts."""
     keys, rows = ("model", "objective"), []
-    seeds, steps = (2, 2) if smoke else (3, 1000)
+    seeds, steps = (2, 2) if smoke else (10, 2000)
     done = {}
     if path.exists():
         with open(path, newline="") as file:
             done = {tuple(row[key] for key in keys): row for row in csv.DictReader(file)}
-    for name in MODELS:
-        for label in objectives(name, 5):
+    for name, kind in MODELS.items():
+        truths = [kind.draw(seed, rows=100) for seed in range(seeds)]
+        starts = [kind.draw(1000 + seed, rows=100) for seed in range(seeds)]
+        truth = torch.cat([pair.evidence().detach().mean(1) for pair in truths])
+        for label, elbo in objectives(name, 5).items():
             if (name, label) in done:
                 rows.append(done[name, label])
                 continue
-            watch, reached = Stopwatch(), []
-            for seed in range(seeds):
-                pyro.clear_param_store()
-                pair, start = MODELS[name](seed=seed, rows=100), MODELS[name](seed=100 + seed, rows=100)
-                start.x, truth = pair.x, pair.evidence().mean().item()
-                optim = torch.optim.Adam([*start.theta, *start.phi], 1e-2)
-                loss = objectives(name, 5)[label].differentiable_loss
-                for _ in tqdm(range(steps), desc=f"{name}, {label}", leave=False):
-                    optim.zero_grad()
-                    loss(start.model, start.guide, start.x).backward()
-                    optim.step()
-                with torch.no_grad():
-                    reached.append((truth, start.evidence().mean().item(), start.divergence().mean().item()))
-            found = torch.tensor(reached)
-            error = found.std(0) / math.sqrt(seeds)
+            watch = Stopwatch()
+            # A copy is a seed, with data and weights of its own.
+            pair = kind(
+                {k: torch.cat([start.theta[k] for start in starts]) for k in starts[0].theta},
+                {k: torch.cat([start.phi[k] for start in starts]) for k in starts[0].phi},
+                torch.stack([pair.x for pair in truths]),
+            )
+            torch.manual_seed(0)
+            optim = torch.optim.Adam([*pair.theta.values(), *pair.phi.values()], 1e-2)
+            for _ in tqdm(range(steps), desc=f"{name}, {label}", leave=False):
+                optim.zero_grad()
+                elbo.differentiable_loss(pair.model, pair.guide).backward()
+                optim.step()
+            above = pair.evidence().detach().mean(1) - truth
+            divergence = pair.divergence().detach().mean(1)
             wall, cpu = watch.read()
             row = {
                 "model": name,
                 "objective": label,
-                "log p(x)": f"{found[:, 1].mean():.3f}",
-                "of the true model": f"{found[:, 0].mean():.3f}",
-                "above the true model": f"{(found[:, 1] - found[:, 0]).mean():.3f}",
-                "s.e. over seeds": f"{(found[:, 1] - found[:, 0]).std() / math.sqrt(seeds):.3f}",
-                "KL(q||p)": f"{found[:, 2].mean():.3f}",
-                "s.e. of KL": f"{error[2]:.3f}",
+                "log p(x)": f"{(above + truth).mean():.3f}",
+                "above the true model": f"{above.mean():.3f}",
+                "s.e. over seeds": f"{above.std() / math.sqrt(seeds):.3f}",
+                "KL(q||p)": f"{divergence.mean():.3f}",
+                "s.e. of KL": f"{divergence.std() / math.sqrt(seeds):.3f}",
                 "seeds": str(seeds),
                 "steps": str(steps),
                 "wall s": f"{wall:.0f}",

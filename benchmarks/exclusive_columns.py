@@ -42,7 +42,13 @@ class ExclusiveColumns(TorchDistribution):
         return torch.cat([none[..., None, :].expand(*padded.shape[:-1], 1), padded], -1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return (value * self.logits).sum(-1) - self.outcomes.logsumexp(-1).sum(-1)
+        chosen = (value * self.logits).sum(-1)
+        if self.logits.detach().max() > 80:  # exp would overflow in float32
+            return chosen - self.outcomes.logsumexp(-1).sum(-1)
+        # The sum over a group as a product of matrices: padded groups cost their padding, forwards and backwards.
+        columns = torch.arange(self.event_shape[0])[:, None, None]
+        member = (self.groups == columns).any(-1).to(self.logits)
+        return chosen - (self.logits.exp() @ member).log1p().sum(-1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():

@@ -126,6 +126,8 @@ def test_exclusive_columns_are_a_distribution(script):
     mean = (log_p.exp()[:, None] * allowed).sum(0)
     error = (mean * (1 - mean) / len(draws)).sqrt()
     assert bool(((draws.mean(0) - mean).abs() < 5 * error).all())
+    high = columns.ExclusiveColumns(logits + 90, groups).log_prob(allowed)  # by another route
+    assert torch.allclose(high.exp().sum(), torch.ones(()), atol=1e-12)
     single = columns.ExclusiveColumns(logits, torch.arange(5)[:, None])
     bernoulli = torch.distributions.Bernoulli(logits=logits).log_prob(rows).sum(1)
     assert torch.allclose(single.log_prob(rows), bernoulli, atol=1e-12)
