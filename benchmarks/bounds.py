@@ -184,7 +184,7 @@ def sweeps(smoke: bool) -> list[tuple[str, str, float, int, str, ELBO]]:
 
 
 def table(path: Path, smoke: bool) -> list[dict[str, str]]:
-    (blocks, copies), rows = (2, 2) if smoke else (10, 100), []
+    blocks, rows = 2 if smoke else 10, []
     done = {}
     if path.exists():
         with open(path, newline="") as file:
@@ -198,6 +198,7 @@ def table(path: Path, smoke: bool) -> list[dict[str, str]]:
         if name not in fitted:
             fitted[name] = MODELS[name].draw(seed=0)
             fit_guide(fitted[name], 5 if smoke else 200)
+        copies = 2 if smoke else max(10, min(100, 1000 // S))
         watch = Stopwatch()
         row = dict(zip(KEYS, key, strict=True)) | measure(fitted[name].led_away(off), elbo, blocks, copies)
         wall, cpu = watch.read()
@@ -211,7 +212,7 @@ def table(path: Path, smoke: bool) -> list[dict[str, str]]:
 def training(path: Path, smoke: bool) -> list[dict[str, str]]:
     """Exact log p of the training rows after training with each objective from the same starts."""
     keys, rows = ("model", "objective"), []
-    seeds, steps = (2, 2) if smoke else (10, 2000)
+    seeds, steps = (2, 2) if smoke else (10, 1000)
     done = {}
     if path.exists():
         with open(path, newline="") as file:
