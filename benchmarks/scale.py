@@ -3,6 +3,7 @@
 """How far exact inference scales, section by section.
 
     python benchmarks/scale.py                     # all sections
+    python benchmarks/scale.py --only latents      # an E-step with 1 to 6 latents
     python benchmarks/scale.py --only integrals    # estimates over cells of 4, 6 and 8 dimensions beside brute force
     python benchmarks/scale.py --smoke             # the same in seconds
 
@@ -21,6 +22,8 @@ import torch
 from exact import decoder_of, show
 from torch import Tensor
 
+from pyro_cpa.distributions import CPAMarginal
+from pyro_cpa.distributions.expectation import region_posterior
 from pyro_cpa.integrals import EstimatedPolytopes, log_mass_replicates
 from pyro_cpa.partition import Partition, enumerate_regions
 from pyro_cpa.partition.cells import Polytopes
@@ -109,7 +112,35 @@ def integrals(smoke: bool) -> list[dict]:
     return rows
 
 
+def latents(smoke: bool) -> list[dict]:
+    """An E-step with both moments by the number of latents, for decoders of equal width."""
+    rows = []
+    seconds = 0.1 if smoke else 3.0
+    for L, N in ((1, 400), (2, 100), (3, 4), (4, 2), (6, 1)):
+        px = CPAMarginal(decoder_of(L, 10, 10), 0.3)
+        x = px.sample((N,)).detach()
+        region_posterior(px.joint, x[:1])
+        start, passes = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            region_posterior(px.joint, x)
+            passes += 1
+        spent = time.perf_counter() - start
+        error = px.log_prob(x, return_error=True)[1].max().item()
+        rows.append(
+            {
+                "latents": L,
+                "regions": px.partition.num_regions,
+                "data": N,
+                "pairs/s": f"{passes * N * px.partition.num_regions / spent:.3g}",
+                "ms a datum": f"{1e3 * spent / (passes * N):.3g}",
+                "largest s.e. of log p(x)": f"{error:.1e}" if error else "exact",
+            }
+        )
+    return rows
+
+
 SECTIONS: dict[str, tuple[str, Callable[[bool], list[dict]]]] = {
+    "latents": ("E-step with both moments, by the number of latents", latents),
     "integrals": ("Masses of cells beyond three dimensions: estimates beside brute force", integrals),
 }
 

@@ -62,7 +62,7 @@ class CPADensity(ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin
 
     Note:
         Exact: see :class:`~pyro_cpa.distributions.CPAMarginal`. A gradient step costs O(N R) Gaussian
-        integrals, R regions (at most of order H^L); one of L = 3 costs a hundred of L = 2.
+        integrals, R regions (at most of order H^L); one of L = 3 costs hundreds of L = 2.
 
     References:
         Balestriero, Paris, Baraniuk 2020, Analytical Probability Distributions and Exact

@@ -26,6 +26,8 @@ __all__ = [
 # Pairs of datum and region whose share of p(x) is certainly below exp(-50) = 2e-22 are not integrated:
 # even a million of them change p(x) by less than a unit in the last place.
 NEGLIGIBLE_NATS = 50.0
+# Where masses are estimates, this is far below their errors.
+_NEGLIGIBLE_TO_ESTIMATES = 30.0
 # Below this many regions the bound costs more than the integrals it saves.
 PRUNE_ABOVE = 48
 
@@ -54,7 +56,8 @@ def _relevant_pairs(joint: PiecewiseJoint, pieces: Pieces) -> Tensor:
     best = upper.argmax(-1)
     log_k, loc, scale_tril = pieces.pairs(rows, best)
     lower = log_k + integrals.log_mass(cells[best], loc, scale_tril)
-    return upper >= lower[:, None] - NEGLIGIBLE_NATS
+    nats = NEGLIGIBLE_NATS if joint.is_exact else _NEGLIGIBLE_TO_ESTIMATES
+    return upper >= lower[:, None] - nats
 
 
 def region_log_probs(joint: PiecewiseJoint, pieces: Pieces) -> tuple[Tensor, Tensor]:
