@@ -121,7 +121,13 @@ def with_error(values: Tensor) -> str:
 def experiments(smoke: bool) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, ...], int]]:
     digits = load_digits()
     count = 300 if smoke else len(digits.x_train)
-    yield "digits", digits.x_train[:count], digits.x_test[: 5 if smoke else 60], (100, 100), 2 if smoke else 100
+    yield (
+        "digits",
+        digits.x_train[:count],
+        digits.x_test[: 5 if smoke else 60],
+        (100, 100),
+        2 if smoke else 100,
+    )
     if smoke:
         return
     try:
