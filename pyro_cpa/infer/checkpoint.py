@@ -37,7 +37,8 @@ def save_checkpoint(path: str | os.PathLike[str], **parts: Any) -> None:
             (``params=pyro.get_param_store()``, for functions with ``pyro.param``), temperature schedules,
             an :class:`~pyro_cpa.infer.AlternatingTrainer`, an :class:`~pyro_cpa.infer.EM` or
             :class:`~pyro_cpa.infer.ExactML` (in the ``callback=`` of ``run``, say): anything with
-            ``state_dict``/``load_state_dict`` or ``get_state``/``set_state``. Bound methods have no state: pass the module that owns them.
+            ``state_dict``/``load_state_dict`` or ``get_state``/``set_state``. Bound methods have no state: pass
+            the module that owns them.
 
     Raises:
         UnsupportedModel: for a part without state, or one whose state holds more than tensors, numbers, text
