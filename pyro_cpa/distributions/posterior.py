@@ -51,7 +51,8 @@ class CPAPosterior(TorchDistribution):
     Shapes: batch_shape ``x.shape[:-1]``, event_shape ``(L,)``; expands on the left.
 
     Note:
-        Exact up to float64 rounding. Every method streams over the data within the joint's memory budget, and costs
+        Exact up to float64 rounding; with L > 3 and several regions p(x), p(r | x) and moments are estimates, and draws
+        exact but for p(r | x). Every method streams over the data within the joint's memory budget, and costs
         one E-step, O(N R) integrals; the first call of ``log_prob`` or ``sample`` keeps what fits one chunk.
 
     References:

@@ -85,6 +85,9 @@ class EM(AbstractExactFit):
         Memory is O(R (L + 1)(D + L)) plus one chunk of data. A step costs one E-step per accepted block (its statistics
         serve the next block) plus one per halving. Missing data (NaN) are part of the E-step.
 
+        With more than three latents the evidence is an estimate on points that stay the same: the estimate never falls,
+        the evidence by no more than its standard error. See the guide's ``num_points``.
+
         With ``process_group`` the result is that of one process with all rows, up to rounding, from the parameters of
         process 0, and has the same bits in all. Communicated per E-step: one all-reduce of
         R (L + 1)(L + 1 + D) + D + 1 float64 numbers (with a full noise covariance D^2 in the place of D), 8 bytes each,

@@ -128,20 +128,18 @@ class AbstractLabelledGenerator(AbstractLatentModel):
         """
         x = self.checked(x)
         with torch.no_grad():
-            found = [marginal.log_prob(x, return_error=True) for marginal in self.marginals()]
-            log_prob, error = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
+            log_prob, marginals = self.log_prob(x, y), self.marginals()
+            if all(marginal.joint.is_exact for marginal in marginals):
+                return integrated_evidence(log_prob, torch.zeros_like(log_prob), num_particles)
+            found = [marginal.log_prob(x, return_error=True) for marginal in marginals]
+            given, error = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
             if y is not None:
-                labels = self._labels(y, len(x))[:, None]
-                return integrated_evidence(
-                    log_prob.gather(1, labels)[:, 0], error.gather(1, labels)[:, 0], num_particles
-                )
-            joint = log_prob + self.label_probs.log()
+                chosen = error.gather(1, self._labels(y, len(x))[:, None])[:, 0]
+                return integrated_evidence(log_prob, chosen, num_particles)
             # Labels share their points: at worst their errors add up.
-            return integrated_evidence(
-                joint.logsumexp(-1), (joint.softmax(-1) * error).sum(-1), num_particles
-            )
+            shares = (given + self.label_probs.log()).softmax(-1)
+            return integrated_evidence(log_prob, (shares * error).sum(-1), num_particles)
 
-    @torch.no_grad()
     def class_probs(self, x: Tensor) -> Tensor:
         """(N, C) exact p(y | x)."""
         return self.joint_log_probs(x).softmax(-1)

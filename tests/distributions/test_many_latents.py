@@ -13,7 +13,7 @@ from pyro_cpa.criticism import compare
 from pyro_cpa.distributions import CPAMarginal
 from pyro_cpa.infer import EM, AutoCPAPosterior, log_evidence
 from pyro_cpa.integrals import EstimatedPolytopes
-from pyro_cpa.models import CPAGenerator
+from pyro_cpa.models import ConditionalCPAGenerator, CPAGenerator
 
 pytestmark = pytest.mark.filterwarnings("ignore:the normal matrix")
 
@@ -167,3 +167,13 @@ def test_quantiles_of_a_product_of_four():
     deviation = torch.cat([p.variance for p in parts], dim=-1).sqrt()
     expected = torch.cat([p.quantiles([0.5]) for p in parts], dim=-1)
     assert ((found - expected).abs() < 0.1 * deviation).all()
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 1])])
+def test_mixtures_tell_an_error_too(labels):
+    pyro.set_rng_seed(2)
+    model = ConditionalCPAGenerator(3, 2, latent_dim=4, hidden_dims=(5,))
+    x = torch.randn(3, 3)
+    found = model.log_evidence(x, labels)
+    assert not found.exact and (found.standard_error > 0).all() and (found.standard_error < 0.1).all()
+    torch.testing.assert_close(found.log_prob, model.log_prob(x, labels).detach())
