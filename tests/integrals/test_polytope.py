@@ -54,16 +54,20 @@ def assert_close(found, expected, where):
 def check(cases, nodes=32):
     result = moments(*batch(cases))
     for k, case in enumerate(cases):
-        assert_close([field[k] for field in result], brute_force(*case, nodes=nodes), case)
+        found = [field[k] for field in result]
+        try:
+            assert_close(found, brute_force(*case, nodes=nodes), case)
+        except AssertionError:  # large or far cells take the oracle more nodes
+            assert_close(found, brute_force(*case, nodes=72), case)
 
 
 def test_random_polytopes_against_brute_force():
-    check(list(random_polytopes(20, seed=0)), nodes=48)
+    check(list(random_polytopes(20, seed=0)))
 
 
 @pytest.mark.slow
 def test_many_random_polytopes_against_brute_force():
-    check(list(random_polytopes(300, seed=1)), nodes=48)
+    check(list(random_polytopes(300, seed=1)))
 
 
 @pytest.mark.parametrize("distance", [0.0, 1.0, 10.0, 30.0])
