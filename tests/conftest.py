@@ -12,6 +12,21 @@ import torch
 SHARED_DATA = Path(os.environ.get("PYRO_CPA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests/test_devices.py runs, cuda for one")
+
+
+@pytest.fixture
+def device(request):
+    """The device asked for by ``--device``; the test skips, saying why, where there is none."""
+    name = request.config.getoption("--device")
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, RuntimeError) as error:
+        pytest.skip(f"no device {name!r} here: {str(error).splitlines()[0]}")
+    return torch.device(name)
+
+
 @pytest.fixture(autouse=True)
 def fresh_state():
     torch.set_default_dtype(torch.float64)
