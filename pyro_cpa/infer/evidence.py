@@ -119,7 +119,7 @@ def log_evidence(
 
 def integrated_evidence(log_prob: Tensor, error: Tensor, num_particles: int) -> Evidence:
     """An evidence by integration over cells; where that is an estimate, its ESS is that of draws with the same error."""
-    ess = 1 / (error.square() + 1 / num_particles)
+    ess = num_particles / (1 + num_particles * error.square())
     return Evidence(log_prob, error, ess, not bool((error > 0).any()))
 
 

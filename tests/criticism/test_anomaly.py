@@ -124,3 +124,16 @@ def test_mistakes_are_named():
 
     with pytest.raises(InvalidData, match="cannot be sampled"):
         tail_probability(Silent(), torch.zeros(2, 2))
+
+
+def test_a_marginal_is_asked_as_it_is():
+    """No estimate is involved, whatever the number of samples."""
+    torch.manual_seed(0)
+    marginal = CPAMarginal(
+        torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double(), 0.3
+    )
+    x = marginal.sample((5,)).detach()
+    without = torch.where(torch.tensor([True, False]), torch.nan, x)
+    with torch.no_grad():
+        expected = marginal.log_prob(without) - marginal.log_prob(x)
+    torch.testing.assert_close(feature_surprise(marginal, x)[:, 0], expected)
