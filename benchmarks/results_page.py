@@ -66,8 +66,8 @@ TABLES = (
         "them is measured; the order of DNA's rows, on which its split hangs, is not verified against the original.",
         (
             "data set",
-            "objective",
             "x",
+            "objective",
             "seed",
             "-log p",
             "-log p~*",
@@ -193,6 +193,12 @@ def number(text: str) -> float | None:
     return float(found[0]) if found else None
 
 
+def order(text: str) -> tuple[bool, float, str]:
+    """Numbers by size, then words."""
+    value = number(text)
+    return value is None, value or 0.0, text
+
+
 def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
     def line(cells: list[str]) -> str:
         return (
@@ -209,6 +215,7 @@ def section(table: Table, references: list[Row]) -> list[str]:
         row | {k: f(row) for k, f in table.derived.items()}
         for row in read(HERE / "results" / f"{table.name}.csv")
     ]
+    rows.sort(key=lambda row: [order(row.get(column, "")) for column in table.columns[:4]])
     theirs = {(r["row"], r["quantity"]): r for r in references if r["table"] == table.name}
     lines = [f"## {table.title}", "", table.text, ""]
     if rows:

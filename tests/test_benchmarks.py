@@ -106,7 +106,7 @@ def test_page_says_where_we_are_behind(script, tmp_path, monkeypatch):
     ]
     lines = page.section(page.TABLES[0], references)
     (behind,) = [line for line in lines if line.startswith("- ")]
-    assert "DNA, BiHM, bernoulli: -log p is 90, 3.50 behind 86.5 (paper), after 7 epochs and 60 s" in behind
+    assert "DNA, bernoulli, BiHM: -log p is 90, 3.50 behind 86.5 (paper), after 7 epochs and 60 s" in behind
 
 
 def test_exclusive_columns_are_a_distribution(script):
