@@ -114,7 +114,7 @@ def by_em(net: Curve, exact: AutoCPAPosterior, x: Tensor, steps: int, report: Re
 
 
 def by_ml(net: Curve, exact: AutoCPAPosterior, x: Tensor, steps: int, report: Report) -> None:
-    ExactML(net, exact).run(x, num_steps=steps, tol=1e-3, progress=False, callback=lambda record: report())
+    ExactML(net, exact).run(x, num_steps=steps, tol=0.0, progress=False, callback=lambda record: report())
 
 
 def by_vae(net: Curve, exact: AutoCPAPosterior, x: Tensor, steps: int, report: Report) -> None:
@@ -132,7 +132,7 @@ def by_vae(net: Curve, exact: AutoCPAPosterior, x: Tensor, steps: int, report: R
 # What it is called, how it runs, and for how many steps or epochs at most.
 METHODS: dict[str, tuple[Callable[..., None], int]] = {
     "EM": (by_em, 75),
-    "ExactML": (by_ml, 30),
+    "ExactML": (by_ml, 20),
     "VAE": (by_vae, 1000),
 }
 
