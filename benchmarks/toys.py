@@ -195,7 +195,8 @@ def summary(rows: list[dict[str, str]]) -> list[dict[str, str]]:
                 "runs": str(len(runs)),
                 "data seeds": str(len({seeds[0] for seeds in runs})),
                 "weight seeds": str(len({seeds[1] for seeds in runs})),
-                "test -log p": f"{sum(losses) / len(losses):.3f} +- {spread:.3f}",
+                "test -log p": f"{sum(losses) / len(losses):.3f}"
+                + (f" +- {spread:.3f}" if len(losses) > 1 else ""),
                 "best": f"{min(losses):.3f}",
                 "worst": f"{max(losses):.3f}",
                 "true law": f"{sum(float(row['true law']) for row in runs.values()) / len(runs):.3f}",
