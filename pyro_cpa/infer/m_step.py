@@ -24,6 +24,9 @@ from ..partition import Partition
 
 __all__ = ["hidden_layer", "noise_covariance", "other_parameters", "output_layer", "prior_moments"]
 
+# Eigenvalues this small, against the largest, are rounding of the sum over the data, and so are steps along them.
+_NULL = 1e-13
+
 
 def noise_covariance(partition: Partition, statistics: SufficientStatistics) -> Tensor:
     """(D,) variances, or (D, D) covariance: the mean of E[(x - g(z))(x - g(z))']."""
@@ -231,7 +234,7 @@ def _pseudo_inverse(gram: Tensor) -> tuple[Tensor, int]:
     scale = gram.diagonal().clamp(min=0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     values, vectors = torch.linalg.eigh(gram / scale / scale[:, None])
-    used = values > values[-1] * len(values) * torch.finfo(gram.dtype).eps
+    used = values > values[-1] * _NULL
     inverse = torch.where(used, 1 / torch.where(used, values, 1.0), 0.0)
     return (vectors * inverse) @ vectors.mT / scale / scale[:, None], int((~used).sum())
 
