@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
         paths = [path for path in paths if path.name.startswith(tuple(chosen.names))]
     if not paths:
         parser.error(f"no notebook of {FOLDER} begins with {' or '.join(chosen.names)}")
+    if chosen.to:
+        chosen.to.mkdir(parents=True, exist_ok=True)
     os.environ.pop("PYRO_CPA_SMOKE", None)
     if chosen.smoke:
         os.environ["PYRO_CPA_SMOKE"] = "1"
