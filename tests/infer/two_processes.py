@@ -171,6 +171,10 @@ def main(job: str, folder: str) -> None:
     try:
         found = {"fits": fits, "errors": errors, "numbers": numbers, "death": death}[job](rank)
         torch.save(found, Path(folder) / f"{job}{rank}.pt")
+        if job == "death":
+            # A group that lost a member can neither be destroyed nor left to the interpreter's shutdown: gloo's threads
+            # still run then, and the C++ runtime now and then aborts the process.
+            os._exit(0)
     finally:
         if job != "death":
             distributed.destroy_process_group()
