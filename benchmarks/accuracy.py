@@ -19,13 +19,13 @@ Prints two tables and writes them to benchmarks/results/accuracy_cells.csv and a
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from typing import Any
 
 import mpmath as mp
 import torch
+from runs import publish
 
 import pyro_cpa
 
@@ -130,15 +130,10 @@ def main() -> None:
     smoke = parser.parse_args().smoke
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    for name, rows in (("cells", of_cells(smoke)), ("evidence", of_evidence(smoke))):
-        print(f"\n{name}")
-        for row in (dict(zip(rows[0], rows[0], strict=True)), *rows):
-            print("  ".join(f"{value!s:<22}" for value in row.values()).rstrip())
-        if not smoke:
-            with (RESULTS / f"accuracy_{name}.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+    for name, section in (("cells", of_cells), ("evidence", of_evidence)):
+        publish(
+            f"Errors of {name}", section(smoke), RESULTS / f"accuracy_{name}{'_smoke' if smoke else ''}.csv"
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ starts), "+-" half of a 95 % t-interval of that mean. Columns are standardised b
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import pyro.distributions as dist
 import torch
 from imputers import IMPUTERS
 from pyro.infer import SVI
+from runs import publish
 from scipy import stats
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.decomposition import PCA
@@ -273,19 +273,6 @@ def summarise(
     return rows
 
 
-def show(title: str, rows: Rows, name: str) -> None:
-    print(f"\n{title}")
-    heads = list(rows[0])
-    widths = [max(len(h), *(len(str(r[h])) for r in rows)) for h in heads]
-    for cells in (heads, *(list(r.values()) for r in rows)):
-        print("  ".join(str(c).rjust(w) for c, w in zip(cells, widths, strict=True)))
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, heads)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 TASKS = {
     "imputation": (imputation, "Imputation of real data, gaps at random in training and test rows"),
     "anomaly": (anomaly, "Anomalies among real data, conformal threshold at 10 %"),
@@ -307,7 +294,9 @@ def main() -> None:
         if args.only in (None, name):
             options = {"chosen": tuple(args.data)} if name == "imputation" else {}
             rows = task(1 if args.smoke else args.seeds, args.smoke, **options)
-            show(title, rows, f"criticism_{name}{'_smoke' if args.smoke else ''}.csv")
+            # Tables left out by --data keep their rows.
+            keys = ("data", "missing", "method") if options else ()
+            publish(title, rows, RESULTS / f"criticism_{name}{'_smoke' if args.smoke else ''}.csv", keys)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Prints one table and writes it to benchmarks/results/distributed.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import socket
 import time
@@ -33,6 +32,7 @@ import torch.distributed as distributed
 import torch.multiprocessing
 from pyro import poutine
 from pyro.nn import PyroModule, PyroParam
+from runs import publish
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -184,18 +184,6 @@ def run(smoke: bool) -> list[dict[str, str]]:
     return rows
 
 
-def show(rows: list[dict[str, str]], name: str) -> None:
-    heads = list(rows[0])
-    widths = [max(len(h), *(len(r[h]) for r in rows)) for h in heads]
-    for cells in (heads, *(list(r.values()) for r in rows)):
-        print("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, heads)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def process(rank: int, smoke: bool) -> None:
     """One process of the group; ``rank`` is that of the spawner, torchrun has set its own."""
     os.environ.setdefault("RANK", str(rank))
@@ -207,7 +195,8 @@ def process(rank: int, smoke: bool) -> None:
     rows = run(smoke)
     if distributed.get_rank() == 0:
         print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread for each process")
-        show(rows, f"distributed{'_smoke' if smoke else ''}.csv")
+        path = RESULTS / f"distributed{'_smoke' if smoke else ''}.csv"
+        publish("Scaling over processes", rows, path)
     distributed.destroy_process_group()
 
 

@@ -11,7 +11,6 @@ Prints two tables and writes them to benchmarks/results/exact_*.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import resource
 import subprocess
@@ -25,6 +24,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroParam
+from runs import publish
 from scipy.special import log_ndtr
 from scipy.stats import multivariate_normal, norm
 from torch import nn
@@ -240,21 +240,6 @@ FITS = {
 }
 
 
-def show(title: str, rows: list[dict], name: str) -> None:
-    if not rows:
-        return
-    print(f"\n{title}")
-    heads = list(rows[0])
-    widths = [max(len(h), *(len(str(r[h])) for r in rows)) for h in heads]
-    for cells in (heads, *(list(r.values()) for r in rows)):
-        print("  ".join(str(c).rjust(w) for c, w in zip(cells, widths, strict=True)))
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, heads)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -267,11 +252,21 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     suffix = "_smoke" if smoke else ""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    show("E-step with both moments, data x regions", throughput(smoke), f"exact_throughput{suffix}.csv")
-    show("Memory is bounded by the budget, not by pairs", peak_memory(smoke), f"exact_memory{suffix}.csv")
+    publish(
+        "E-step with both moments, data x regions",
+        throughput(smoke),
+        RESULTS / f"exact_throughput{suffix}.csv",
+    )
+    publish(
+        "Memory is bounded by the budget, not by pairs",
+        peak_memory(smoke),
+        RESULTS / f"exact_memory{suffix}.csv",
+    )
     torch.set_num_threads(1)
     rows = end_points(smoke)
-    show("Mean -log p(x) from published starts, one thread", rows, f"exact_end_points{suffix}.csv")
+    publish(
+        "Mean -log p(x) from published starts, one thread", rows, RESULTS / f"exact_end_points{suffix}.csv"
+    )
     print(f"\npeak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB")
 
 

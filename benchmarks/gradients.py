@@ -20,7 +20,6 @@ Prints one table and writes it to benchmarks/results/gradients.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import ELBO, Trace_ELBO
+from runs import publish
 from torch import Tensor
 
 from pyro_cpa.infer import TVO, AnalyticELBO, BiHelmholtzELBO, ImportanceWeightedELBO, ReweightedWakeSleepELBO
@@ -159,14 +159,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds; figures mean nothing")
     smoke = parser.parse_args().smoke
     torch.set_num_threads(1)
-    table = rows(2 if smoke else 400)
-    for row in (dict(zip(table[0], table[0], strict=True)), *table):
-        print("  ".join(f"{value:<15}" for value in row.values()).rstrip())
-    if not smoke:
-        with (RESULTS / "gradients.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, table[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+    path = RESULTS / f"gradients{'_smoke' if smoke else ''}.csv"
+    publish("Gaps, and noise and signal of the guide's gradient", rows(2 if smoke else 400), path)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Prints one table and writes it to benchmarks/results/local_affine.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from runs import publish
 from torch import Tensor
 
 from pyro_cpa.datasets import load_digits, load_fashion_mnist, minibatches
@@ -138,18 +138,6 @@ def experiments(smoke: bool) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, .
     yield "Fashion-MNIST", images.x_train[:10_000], images.x_test[:20], (100, 100), 8
 
 
-def show(rows: list[dict[str, str]], name: str) -> None:
-    heads = list(rows[0])
-    widths = [max(len(h), *(len(r[h]) for r in rows)) for h in heads]
-    for cells in (heads, *(list(r.values()) for r in rows)):
-        print("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, heads)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,7 +152,8 @@ def main() -> None:
     for data, x_train, x_test, hidden, epochs in experiments(smoke):
         vae = trained(x_train.double(), hidden, epochs)
         rows += compare(data, vae, x_test.double(), 1 if smoke else 5)
-    show(rows, f"local_affine{'_smoke' if smoke else ''}.csv")
+    path = RESULTS / f"local_affine{'_smoke' if smoke else ''}.csv"
+    publish("Guides for one decoder, nats per datum", rows, path)
 
 
 if __name__ == "__main__":

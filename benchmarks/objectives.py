@@ -16,7 +16,6 @@ Prints one table and writes it to benchmarks/results/objectives.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import logging
 import multiprocessing
@@ -32,6 +31,7 @@ import torch
 from pyro.infer import ELBO, SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO
 from pyro.optim import PyroOptim
 from pyro.params.param_store import StateDict
+from runs import publish
 from torch import Tensor, nn
 
 from pyro_cpa.infer import TVO, BiHelmholtzELBO, ImportanceWeightedELBO, LogUniform, ReweightedWakeSleepELBO
@@ -227,21 +227,6 @@ def _one_quiet_thread() -> None:
     logging.getLogger("pyro_cpa").setLevel(logging.ERROR)  # untrained nets have degenerate weights
 
 
-def show(rows: list[dict[str, str]]) -> None:
-    heads = list(rows[0])
-    widths = [max(len(head), *(len(row[head]) for row in rows)) for head in heads]
-    for cells in (heads, *(list(row.values()) for row in rows)):
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
-
-
-def save(rows: list[dict[str, str]], name: str) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -257,9 +242,7 @@ def main() -> None:
             rows += measure(net, num_particles, 2 if given.smoke else given.rounds, memory=not given.smoke)
     if given.smoke:
         peak_mib("VAE", BASE, 2)
-    show(rows)
-    if not given.smoke:
-        save(rows, "objectives.csv")
+    publish("Time and memory of a step", rows, RESULTS / f"objectives{'_smoke' if given.smoke else ''}.csv")
 
 
 if __name__ == "__main__":

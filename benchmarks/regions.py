@@ -15,7 +15,6 @@ noise. Writes benchmarks/results/regions_*.csv. Times are CPU seconds of one thr
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import subprocess
 import sys
@@ -26,7 +25,8 @@ from typing import Any
 
 import pyro
 import torch
-from runs import arguments, folders, provenance, show
+from exact import decoder_of
+from runs import arguments, folders, provenance, publish
 from torch import Tensor, nn
 
 from pyro_cpa.datasets import Dataset, load_digits, load_fashion_mnist, minibatches
@@ -43,13 +43,6 @@ Rows = list[dict[str, Any]]
 
 
 # ---- enumeration -----------------------------------------------------------------------------------------
-
-
-def decoder_of(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def enumeration(smoke: bool) -> Rows:
@@ -71,8 +64,9 @@ def enumeration(smoke: bool) -> Rows:
         sizes = (latent_dim, *widths, 10)
         code = (
             "import resource, time, torch\n"
-            "from regions import decoder_of, enumerate_regions\n"
-            "torch.set_num_threads(1); torch.manual_seed(0)\n"
+            "from exact import decoder_of\n"
+            "from pyro_cpa.partition import enumerate_regions\n"
+            "torch.set_num_threads(1)\n"
             f"decoder = decoder_of{sizes}\n"
             "enumerate_regions(decoder_of(2, 4, 2))\n"
             "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()\n"
@@ -252,15 +246,10 @@ def main() -> None:
     with folders(args.smoke) as places:
         for name, section in SECTIONS.items():
             if args.only in (None, name):
-                print(f"\n{(section.__doc__ or '').splitlines()[0]}")
-                rows = section(args.smoke)
-                show(rows)
                 command = f"python benchmarks/regions.py --only {name}"
-                rows = [row | provenance() | {"command": command} for row in rows]
-                with open(places.results / f"regions_{name}.csv", "w", newline="") as file:
-                    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
+                rows = [row | provenance() | {"command": command} for row in section(args.smoke)]
+                title = (section.__doc__ or "").splitlines()[0]
+                publish(title, rows, places.results / f"regions_{name}.csv")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ __all__ = [
     "binary_table",
     "folders",
     "provenance",
+    "publish",
     "put",
     "show",
     "train",
@@ -228,3 +229,15 @@ def show(
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
+
+
+def publish(title: str, rows: Sequence[dict[str, Any]], path: Path, keys: Sequence[str] = ()) -> None:
+    """Prints a table under its title and writes it to ``path``; older rows with other values of ``keys`` stay there."""
+    if not rows:
+        return
+    print(f"\n{title}")
+    show(rows)
+    path.parent.mkdir(exist_ok=True)
+    if not keys:
+        path.unlink(missing_ok=True)
+    put(path, rows, keys or list(rows[0]))

@@ -19,7 +19,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from exact import decoder_of, show
+from exact import RESULTS, decoder_of
+from runs import publish
 from torch import Tensor
 
 from pyro_cpa.distributions import CPAMarginal
@@ -158,7 +159,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, (title, section) in SECTIONS.items():
         if options.only in (None, name):
-            show(title, section(options.smoke), f"scale_{name}{'_smoke' if options.smoke else ''}.csv")
+            suffix = "_smoke" if options.smoke else ""
+            publish(title, section(options.smoke), RESULTS / f"scale_{name}{suffix}.csv")
 
 
 if __name__ == "__main__":
