@@ -113,11 +113,9 @@ class AbstractLabelledGenerator(AbstractLatentModel):
         """(N,) exact log p(x | y), or log p(x) if y is None, differentiable in all parameters."""
         if y is None:
             return self.joint_log_probs(x).logsumexp(-1)
-        x = self.checked(x)
-        labels = self._labels(y, len(x))
-        parts = [marginal.log_prob(x[labels == c]) for c, marginal in enumerate(self.marginals())]
-        return torch.cat(parts)[labels.argsort(stable=True).argsort()]
+        return self._given_labels(self.checked(x), y, lambda marginal, rows: marginal.log_prob(rows))
 
+    @torch.no_grad()
     def log_evidence(self, x: Tensor, y: Tensor | int | None = None, num_particles: int = 100) -> Evidence:
         """:meth:`log_prob` without gradients, in the form that sampled evidence has.
 
@@ -127,19 +125,16 @@ class AbstractLabelledGenerator(AbstractLatentModel):
             num_particles: Idle where the evidence is exact; here so that exact and sampled models are called alike.
         """
         x = self.checked(x)
-        with torch.no_grad():
-            log_prob, marginals = self.log_prob(x, y), self.marginals()
-            if all(marginal.joint.is_exact for marginal in marginals):
-                return integrated_evidence(log_prob, torch.zeros_like(log_prob), num_particles)
-            found = [marginal.log_prob(x, return_error=True) for marginal in marginals]
-            given, error = (torch.stack(parts, -1) for parts in zip(*found, strict=True))
-            if y is not None:
-                chosen = error.gather(1, self._labels(y, len(x))[:, None])[:, 0]
-                return integrated_evidence(log_prob, chosen, num_particles)
+        if y is not None:
+            log_prob, error = self._given_labels(x, y, _log_prob_and_error).unbind(-1)
+        else:
+            given, errors = torch.stack([_log_prob_and_error(p, x) for p in self.marginals()], 1).unbind(-1)
+            joint = given + self.label_probs.log()
             # Labels share their points: at worst their errors add up.
-            shares = (given + self.label_probs.log()).softmax(-1)
-            return integrated_evidence(log_prob, (shares * error).sum(-1), num_particles)
+            log_prob, error = joint.logsumexp(-1), (joint.softmax(-1) * errors).sum(-1)
+        return integrated_evidence(log_prob, error, num_particles)
 
+    @torch.no_grad()
     def class_probs(self, x: Tensor) -> Tensor:
         """(N, C) exact p(y | x)."""
         return self.joint_log_probs(x).softmax(-1)
@@ -183,6 +178,14 @@ class AbstractLabelledGenerator(AbstractLatentModel):
         filled = torch.stack([marginal.conditional(x).mean for marginal in self.marginals()], 1)
         return torch.where(x.isnan(), torch.einsum("nc,ncd->nd", weights, filled), x)
 
+    def _given_labels(
+        self, x: Tensor, y: Tensor | int, method: Callable[[CPAMarginal, Tensor], Tensor]
+    ) -> Tensor:
+        """(N, ...) what ``method`` of p(x | y) and rows gives for each row of x under its own label."""
+        labels = self._labels(y, len(x))
+        found = [method(marginal, x[labels == c]) for c, marginal in enumerate(self.marginals())]
+        return torch.cat(found)[labels.argsort(stable=True).argsort()]
+
     def _log_weights(self, x: Tensor, y: Tensor | int | None) -> Tensor:
         if y is None:
             return self.joint_log_probs(x).log_softmax(-1)
@@ -206,6 +209,11 @@ class AbstractLabelledGenerator(AbstractLatentModel):
             line_search_fn="strong_wolfe",
         )
         return climb(optimizer, lambda: log_prob().sum(), rows)
+
+
+def _log_prob_and_error(marginal: CPAMarginal, x: Tensor) -> Tensor:
+    """(N, 2) log p(x) and its standard error."""
+    return torch.stack(marginal.log_prob(x, return_error=True), -1)
 
 
 def _with_own_bias(decoder: nn.Sequential) -> nn.Sequential:
