@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .expectation import RegionPosterior, evidence, region_posterior, region_posteriors
+from .expectation import RegionPosterior, evidence, region_log_probs, region_posterior, region_posteriors
 from .missing import observed_tril
 from .parts import gathered, parts
 from .pieces import PiecewiseJoint
@@ -56,17 +56,24 @@ def expected_statistics(
 class _Evidence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, joint: PiecewiseJoint, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.joint, ctx.found = joint, None
+        ctx.joint, ctx.kept = joint, []
         ctx.save_for_backward(x, *parameters)
-        if not any(ctx.needs_input_grad[1:]):
+        if not any(ctx.needs_input_grad[1:]) or not len(x):
             return evidence(joint, x)
-        found = list(parts(joint, x))
-        pairs = sum(len(part.omitted) * len(part.joint.cells) for part in found)
-        if not found or pairs > joint.pairs_in_budget(x):
-            # Backward streams over the data once more rather than keep the moments of all pairs.
-            return evidence(joint, x)
-        ctx.found = [(part, region_posterior(part.joint, x[part.rows])) for part in found]
-        return gathered(((part.rows, posterior.log_prob) for part, posterior in ctx.found), len(x))
+        log_prob, left = [], joint.pairs_in_budget(x)
+        for part in parts(joint, x):
+            own = x[part.rows]
+            left -= part.num_pairs
+            if left < 0:
+                # Backward streams over the data once more rather than keep the moments of all pairs.
+                ctx.kept.clear()
+                value, _ = region_log_probs(part.joint, part.joint.pieces(own))
+            else:
+                posterior = region_posterior(part.joint, own)
+                ctx.kept.append((part, posterior))
+                value = posterior.log_prob
+            log_prob.append((part.rows, value))
+        return gathered(log_prob, len(x))
 
     @staticmethod
     @once_differentiable
@@ -74,7 +81,7 @@ class _Evidence(torch.autograd.Function):
         joint: PiecewiseJoint = ctx.joint
         x, *parameters = ctx.saved_tensors
         total, grad_x = SufficientStatistics.zeros(joint), torch.zeros_like(x)
-        for part, posterior in ctx.found or region_posteriors(joint, x):
+        for part, posterior in ctx.kept or region_posteriors(joint, x):
             own, weight = x[part.rows], grad[part.rows]
             total.add_(accumulate(part.joint, own, posterior, weight), part.joint.regions)
             if ctx.needs_input_grad[1]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import integrals
-from .pieces import PiecewiseJoint
+from .pieces import PiecewiseJoint, Whitened
 from .pruning import RegionTree
 
 __all__ = ["Part", "gathered", "parts"]
@@ -36,6 +36,11 @@ class Part(NamedTuple):
     rows: Tensor | slice
     joint: PiecewiseJoint
     omitted: Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of datum and region."""
+        return len(self.omitted) * len(self.joint.cells)
 
 
 def parts(joint: PiecewiseJoint, x: Tensor) -> Iterator[Part]:
@@ -76,14 +81,15 @@ def _pruned(joint: PiecewiseJoint, x: Tensor, rows: Tensor) -> Iterator[Part]:
     if joint.tree is None:
         joint.tree = _tree(joint)
     tree = joint.tree
-    first = torch.cat([tree.best_leaves(_seen(joint, tree, x[some]))[:, 0] for some in rows.split(1024)])
+    leaves = torch.cat(
+        [tree.best_leaves(joint.whiten(x[some]).data @ tree.rotation)[:, :2] for some in rows.split(1024)]
+    )
     # Neighbours share most of their candidates.
-    for some in rows[first.argsort()].split(_SEARCH):
-        data = _seen(joint, tree, x[some])
-        leaves = tree.best_leaves(data)[:, :2]
-        found = tree.search(
-            data, _lower_bound(joint, x[some], tree.leaves[leaves].flatten(1)), joint.tolerance
-        )
+    for near in leaves[:, 0].argsort().split(_SEARCH):
+        some = rows[near]
+        white = joint.whiten(x[some])
+        log_bound = _lower_bound(joint, white, tree.leaves[leaves[near]].flatten(1))
+        found = tree.search(white.data @ tree.rotation, log_bound, joint.tolerance)
         for block in _blocks(found.kept):
             regions = tree.leaves[found.kept[block].any(0)].flatten()
             part = joint.only(regions[regions >= 0])
@@ -119,14 +125,8 @@ def _tree(joint: PiecewiseJoint) -> RegionTree:
     return RegionTree(joint.cells, slopes, offsets - slopes @ loc, found.log_mass, found.mean)
 
 
-def _seen(joint: PiecewiseJoint, tree: RegionTree, x: Tensor) -> Tensor:
-    """Complete rows of x in the coordinates of the tree's boxes."""
-    return joint.whiten(x).data @ tree.rotation
-
-
-def _lower_bound(joint: PiecewiseJoint, x: Tensor, regions: Tensor) -> Tensor:
+def _lower_bound(joint: PiecewiseJoint, white: Whitened, regions: Tensor) -> Tensor:
     """(N,) what some regions (N, K), -1 for none, add to p(x): its log, relative to the noise's density at its mean."""
-    white = joint.whiten(x)
     there, index = regions >= 0, regions.clamp(min=0)
     own = white._replace(slopes=white.slopes[index], offsets=white.offsets[index])
     log_k, loc, tril = joint.pieces_of(own)

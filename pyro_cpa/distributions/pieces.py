@@ -19,7 +19,7 @@ from ..partition.cells import Cells, Polytopes
 from .missing import log_likelihood, observed_tril
 from .pruning import RegionTree
 
-__all__ = ["GaussianNoise", "GaussianPrior", "PiecewiseJoint", "Pieces"]
+__all__ = ["GaussianNoise", "GaussianPrior", "PiecewiseJoint", "Pieces", "Whitened"]
 
 
 class GaussianPrior(NamedTuple):
@@ -64,7 +64,7 @@ class Pieces(NamedTuple):
         return Pieces(self.log_k[rows, regions], self.loc[rows, regions], tril)
 
 
-class _Whitened(NamedTuple):
+class Whitened(NamedTuple):
     """Noise-whitened least-squares problem of a batch: data (N, D'), maps (R, D', L) and (R, D') of the whitened
     latent (or with a leading N), squared residual (N,) and log-determinant (N,) outside of the D' rows."""
 
@@ -97,7 +97,7 @@ def _lower_factor(slopes: Tensor) -> Tensor:
 
 
 def _solve(
-    w: _Whitened, directions: Tensor, inverse: Tensor, shift: Tensor, prior: GaussianPrior
+    w: Whitened, directions: Tensor, inverse: Tensor, shift: Tensor, prior: GaussianPrior
 ) -> tuple[Tensor, Tensor]:
     """log k (N, R) and means (N, R, L) of all pairs, compiled; ``shift`` (R,) is what log k has from the region."""
     from .pieces_compiled import solve
@@ -214,7 +214,7 @@ class PiecewiseJoint:
         missing = x.isnan()
         return self.pieces_of(self._whiten_incomplete(x, missing) if bool(missing.any()) else self.whiten(x))
 
-    def pieces_of(self, w: _Whitened) -> Pieces:
+    def pieces_of(self, w: Whitened) -> Pieces:
         """The Gaussian pieces of a whitened least-squares problem."""
         x = w.data
         factor = _lower_factor(w.slopes)
@@ -252,15 +252,15 @@ class PiecewiseJoint:
             return columns / self.noise.scale[:, None]
         return torch.linalg.solve_triangular(self.noise.scale, columns, upper=False)
 
-    def whiten(self, x: Tensor) -> _Whitened:
+    def whiten(self, x: Tensor) -> Whitened:
         """Project on the span of the last layer (all maps share it), so that work per pair is min(D, H + 1)."""
         basis, slopes, offsets, log_det = self.whitened_maps()
         white = self._divide_by_noise(x.mT).mT
         if basis.shape[0] == basis.shape[1]:
-            return _Whitened(white, slopes, offsets, white.new_zeros(len(x)), log_det.expand(len(x)))
+            return Whitened(white, slopes, offsets, white.new_zeros(len(x)), log_det.expand(len(x)))
         data = white @ basis
         residual = (white - data @ basis.mT).square().sum(-1)
-        return _Whitened(data, slopes, offsets, residual, log_det.expand(len(x)))
+        return Whitened(data, slopes, offsets, residual, log_det.expand(len(x)))
 
     def whitened_maps(self) -> tuple[Tensor, ...]:
         """Basis (D, D') of the whitened images' span, maps (R, D', L), (R, D') of whitened latents, log-determinant."""
@@ -280,7 +280,7 @@ class PiecewiseJoint:
             self._complete = (basis, *self._latent_whitened(slopes, offsets), log_det)
         return self._complete
 
-    def _whiten_incomplete(self, x: Tensor, missing: Tensor) -> _Whitened:
+    def _whiten_incomplete(self, x: Tensor, missing: Tensor) -> Whitened:
         """Each datum keeps its own observed rows: the missing ones become zero rows of the problem."""
         observed = (~missing).to(x.dtype)
         slopes, offsets = self._latent_whitened(self.slopes, self.offsets)
@@ -289,7 +289,7 @@ class PiecewiseJoint:
         if self.noise.is_diagonal:
             weight = observed / self.noise.scale
             log_det = (observed * self.noise.scale.log()).sum(-1) + log_2pi
-            return _Whitened(
+            return Whitened(
                 data * weight,
                 slopes * weight[:, None, :, None],
                 offsets * weight[:, None],
@@ -302,7 +302,7 @@ class PiecewiseJoint:
         columns = torch.cat([data[..., None], observed[..., None] * columns], dim=-1)
         white = torch.linalg.solve_triangular(tril, columns, upper=False)
         log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + log_2pi
-        return _Whitened(
+        return Whitened(
             white[..., 0],
             white[..., 1 + R :].unflatten(-1, (R, L)).movedim(-2, 1),
             white[..., 1 : 1 + R].mT,

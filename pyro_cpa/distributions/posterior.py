@@ -52,8 +52,8 @@ class CPAPosterior(TorchDistribution):
 
     Note:
         Exact up to float64 rounding; with L > 3 and several regions p(x), p(r | x) and moments are estimates, and draws
-        exact but for p(r | x). Every method streams over the data within the joint's memory budget, and costs
-        one E-step, O(N R) integrals; the first call of ``log_prob`` or ``sample`` keeps what fits one chunk.
+        exact but for p(r | x). Every method streams over the data within the joint's memory budget, and costs one
+        E-step, O(N R) integrals; the first call of ``log_prob`` or ``sample`` keeps what it found if that fits the budget.
 
     References:
         R. Balestriero, S. Paris, R. Baraniuk (2020), "Analytical Probability Distributions and Exact
@@ -79,7 +79,7 @@ class CPAPosterior(TorchDistribution):
         self._x = check_data(x.detach(), joint.partition.data_dim)
         self._base_shape = x.shape[:-1]
         self._dtype = x.dtype
-        self._kept: _Chunk | None = None
+        self._kept: list[_Chunk] = []
         event = torch.Size([joint.partition.latent_dim])
         super().__init__(self._base_shape, event, validate_args=validate_args)
 
@@ -97,7 +97,7 @@ class CPAPosterior(TorchDistribution):
             # A data dimension of size 1 is stretched: the rows are repeated.
             x = self._x.reshape(self._base_shape + self._x.shape[-1:])
             new._x = x.expand(batch_shape + x.shape[-1:]).reshape(-1, x.shape[-1])
-            new._base_shape, new._kept = batch_shape, None
+            new._base_shape, new._kept = batch_shape, []
         else:
             new._x, new._base_shape = self._x, self._base_shape
         super(CPAPosterior, new).__init__(batch_shape, self.event_shape, validate_args=False)
@@ -105,15 +105,22 @@ class CPAPosterior(TorchDistribution):
         return new
 
     def _chunks(self) -> Iterator[_Chunk]:
-        if self._kept is not None:
-            yield self._kept
+        """Chunks that hold every row once; kept for later calls where all of them fit the memory budget."""
+        if self._kept:
+            yield from self._kept
             return
+        kept: list[_Chunk] = []
+        left = self.joint.pairs_in_budget(self._x)
         for part in parts(self.joint, self._x):
             pieces = part.joint.pieces(self._x[part.rows])
             chunk = _Chunk(part.rows, part.joint, pieces, *region_log_probs(part.joint, pieces))
-            if part.rows == slice(0, len(self._x)):
-                self._kept = chunk
+            left -= part.num_pairs
+            if left < 0:
+                kept.clear()
+            else:
+                kept.append(chunk)
             yield chunk
+        self._kept = kept
 
     def _gathered(self, found: Iterable[tuple[Tensor | slice, Tensor]]) -> Tensor:
         return gathered(found, len(self._x))

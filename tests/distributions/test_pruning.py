@@ -7,7 +7,7 @@ import torch
 from decoders import mlp
 from torch import nn
 
-from pyro_cpa.distributions import CPAMarginal, parts
+from pyro_cpa.distributions import CPAMarginal, parts, posterior
 from pyro_cpa.distributions.fisher import expected_statistics
 from pyro_cpa.errors import InvalidData
 from pyro_cpa.partition import enumerate_regions
@@ -67,7 +67,7 @@ def test_the_certificate_holds(name, tolerance):
     rounding = 1e-12 * (1 + full.abs())
     assert (pruned <= full + rounding).all()
     assert (full + torch.log1p(-share) <= pruned + rounding).all()
-    kept = sum(len(part.omitted) * len(part.joint.cells) for part in parts.parts(some.joint, x))
+    kept = sum(part.num_pairs for part in parts.parts(some.joint, x))
     assert kept < 0.9 * len(x) * some.partition.num_regions
     assert not every.omitted_share(x).any()
 
@@ -98,6 +98,20 @@ def test_posteriors_are_the_same(name):
     torch.testing.assert_close(
         some.conditional(x).variance, every.conditional(x).variance, rtol=1e-9, atol=1e-9
     )
+
+
+@pytest.mark.parametrize(("budget", "searches"), [(2**28, 1), (2**16, 4)])
+def test_a_posterior_keeps_what_it_found_if_that_fits_its_memory(budget, searches, monkeypatch):
+    every, _, x = pair("L=2")
+    some = CPAMarginal(every.partition, **CASES["L=2"][1], memory_budget=budget)
+    begun = []
+    monkeypatch.setattr(posterior, "parts", lambda *args: begun.append(args) or parts.parts(*args))
+    post = some.posterior(x)
+    z = post.sample()
+    post.log_prob(z)
+    assert torch.equal(post.log_evidence, post.expand(post.batch_shape).log_evidence)
+    assert len(begun) == searches
+    assert post.joint.pairs_in_budget(x) >= sum(len(c.log_prob) * len(c.joint.cells) for c in post._kept)
 
 
 @pytest.mark.parametrize("budget", [2**28, 2**16])
