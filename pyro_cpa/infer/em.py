@@ -330,7 +330,7 @@ class EM(AbstractExactFit):
 
 def _expectations(joint: PiecewiseJoint, x: Tensor) -> list[Tensor]:
     """log p(X) and the sufficient statistics of the rows of x."""
-    x = check_data(x, joint.slopes.shape[1])
+    x = check_data(x, joint.partition.data_dim)
     if len(x) == 0:
         raise InvalidData("the data has no rows: EM needs at least one (in each process)")
     log_prob, statistics = expected_statistics(joint, x)

@@ -62,7 +62,7 @@ class AbstractExactFit(SVI):
         guide: AutoCPAPosterior,
         *,
         ridge: float = 0.0,
-        lbfgs_iterations: int = 50,
+        lbfgs_iterations: int,
         process_group: Any = None,
     ) -> None:
         if not isinstance(guide, AutoCPAPosterior):

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_cpa.integrals.polytope_nearest import nearest_in_half_spaces
 from pyro_cpa.partition.cells import Polytopes
 
-__all__ = ["WINDOW", "Frame", "Sight", "facing", "sight", "whiten"]
+__all__ = ["WINDOW", "Frame", "Sight", "facing", "generators_on", "sight", "whiten"]
 
 WINDOW = 8.6  # beyond this distance from the nearest point lies less than 1e-13 of a cell's mass
 _ALIGNED = 0.9  # normals with a larger cosine are compared by their difference
@@ -85,15 +85,8 @@ def facing(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Frame:
     image = scale_tril @ axes.mT
     origin = loc + (scale_tril @ view.point[..., None])[..., 0]
 
-    def on_axes(vectors: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(scale_tril, vectors.mT, upper=False).mT @ axes.mT
-
-    is_vertex = cells.is_vertex[..., None]
-    vertices = on_axes(torch.where(is_vertex, cells.points[..., :-1] - origin[:, None], 0.0))
-    vertices = torch.where(is_vertex, vertices, torch.nan)
-    rays = torch.cat([torch.where(is_vertex, 0.0, cells.points[..., :-1]), cells.lines, -cells.lines], dim=1)
-    rays = on_axes(rays)
-    rays = rays / torch.linalg.vector_norm(rays, dim=-1, keepdim=True).clamp(min=torch.finfo(rays.dtype).tiny)
+    vertices, rays = generators_on(axes, cells, origin, scale_tril)
+    vertices = torch.where(cells.is_vertex[..., None], vertices, torch.nan)
 
     straight = view.normals @ axes.mT
     offsets = torch.where(cells.is_facet, cells.offsets, 0.0)
@@ -125,6 +118,26 @@ def facing(cells: Polytopes, loc: Tensor, scale_tril: Tensor) -> Frame:
             [cells.tight[..., 1:], cells.is_facet[:, None].expand(-1, 2 * cells.lines.shape[1], -1)], dim=1
         ),
     )
+
+
+def generators_on(
+    axes: Tensor, cells: Polytopes, origin: Tensor, scale_tril: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What spans P cells, on whitened axes (rows of (P, L, L)) at an origin (P, L).
+
+    Returns:
+        vertices (P, G, L), zero where there is none, and unit rays (P, G + 2 K, L): rays, lines and opposite lines, zero
+        where there is none.
+    """
+
+    def on_axes(vectors: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(scale_tril, vectors.mT, upper=False).mT @ axes.mT
+
+    is_vertex, points = cells.is_vertex[..., None], cells.points[..., :-1]
+    vertices = on_axes(torch.where(is_vertex, points - origin[:, None], 0.0))
+    rays = on_axes(torch.cat([torch.where(is_vertex, 0.0, points), cells.lines, -cells.lines], dim=1))
+    length = torch.linalg.vector_norm(rays, dim=-1, keepdim=True)
+    return vertices, rays / torch.where(length > 0, length, 1.0)
 
 
 def _basis(first: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_cpa.integrals.polytope_frame import sight
+from pyro_cpa.integrals.polytope_frame import generators_on, sight
 from pyro_cpa.partition.cells import Polytopes
 
 __all__ = ["SeparationFrame", "turned"]
@@ -129,15 +129,8 @@ def _extent(
     cells: Polytopes, origin: Tensor, scale_tril: Tensor, axes: Tensor, normals: Tensor, slack: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Least and largest value (P, L) of every coordinate on the cells, and their reach (P, F) behind each facet."""
-
-    def on_axes(vectors: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(scale_tril, vectors.mT, upper=False).mT @ axes.mT
-
+    vertices, rays = generators_on(axes, cells, origin, scale_tril)
     is_vertex = cells.is_vertex[..., None]
-    points = cells.points[..., :-1]
-    vertices = on_axes(torch.where(is_vertex, points - origin[:, None], 0.0))
-    rays = on_axes(torch.cat([torch.where(is_vertex, 0.0, points), cells.lines, -cells.lines], dim=1))
-    rays = rays / torch.linalg.vector_norm(rays, dim=-1, keepdim=True).clamp(min=torch.finfo(rays.dtype).tiny)
     low = torch.where(is_vertex, vertices, torch.inf).amin(1).clamp(max=0.0)
     high = torch.where(is_vertex, vertices, -torch.inf).amax(1).clamp(min=0.0)
     low = torch.where((rays < -_FLAT).any(1), -torch.inf, low)
