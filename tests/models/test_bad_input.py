@@ -13,10 +13,14 @@ from pyro_cpa.models import (
     Bernoulli,
     BidirectionalHelmholtzMachine,
     Categorical,
+    ConditionalCPAGenerator,
     ConditionalVAE,
     ContinuousBernoulli,
     CoupledSigmoidNet,
+    CPAGenerator,
+    FactorAnalysis,
     GaussianMixtureVAE,
+    MixtureCPAGenerator,
     Normal,
     SigmoidBeliefNet,
     VariationalRNN,
@@ -25,6 +29,7 @@ from pyro_cpa.models import (
 N, D, C = 3, 4, 3
 SMALL = {"hidden_dims": (5,), "dropout": 0.0}
 BINARY = (0.5, "expected only 0 and 1")
+FINITE = (-math.inf, "expected a finite number, or NaN where it is missing")
 MODELS = {
     "vae": (lambda: VAE(D, 2, likelihood=Bernoulli(), **SMALL), *BINARY),
     "vae-continuous": (
@@ -45,13 +50,23 @@ MODELS = {
     "sbn": (lambda: SigmoidBeliefNet(D, (3, 2)), *BINARY),
     "helmholtz": (lambda: BidirectionalHelmholtzMachine(D, (3, 2)), *BINARY),
     "coupled": (lambda: CoupledSigmoidNet(D, (3,), num_classes=C), *BINARY),
+    "fa": (lambda: FactorAnalysis(D, 2), *FINITE),
+    "cpa": (lambda: CPAGenerator(D, 1, hidden_dims=(3,)), *FINITE),
+    "cpa-conditional": (lambda: ConditionalCPAGenerator(D, C, 1, hidden_dims=(3,)), *FINITE),
+    "cpa-mixture": (lambda: MixtureCPAGenerator(D, C, 1, hidden_dims=(3,)), *FINITE),
 }
+EXACT = ("fa", "cpa", "cpa-conditional", "cpa-mixture")  # they have a missing-data path
+CONDITIONAL = ("cvae", "cpa-conditional")  # they need labels
 SHARED = ("model", "guide", "encode", "reconstruct", "log_evidence")
 OWN = {
     "gmvae": ("cluster", "cluster_probs"),
     "vrnn": ("kl_per_step", "extend"),
     "helmholtz": ("log_p", "log_p_tilde", "ess", "chain"),
     "coupled": ("loss", "losses", "logits", "predict"),
+    "fa": ("log_prob", "posterior", "impute", "em_step"),
+    "cpa": ("log_prob", "posterior", "impute", "fit"),
+    "cpa-conditional": ("log_prob", "posterior", "impute", "fit", "joint_log_probs", "classify"),
+    "cpa-mixture": ("log_prob", "posterior", "impute", "fit", "joint_log_probs", "cluster", "em_step"),
 }
 CASES = [(name, method) for name in MODELS for method in (*SHARED, *OWN.get(name, ()))]
 LABELLED = [
@@ -60,14 +75,15 @@ LABELLED = [
     ("gmvae", "encode"),
     ("coupled", "loss"),
     ("coupled", "error"),
+    *(("cpa-conditional", method) for method in (*SHARED, "log_prob", "posterior", "impute", "fit")),
 ]
 
 
 def call(name, method, x, y=None):
     """The method of a new model on data x, and labels where it needs them or they are given."""
     model = MODELS[name][0]()
-    if name == "cvae" and y is None:
-        y = torch.zeros(N, dtype=torch.long)
+    if name in CONDITIONAL and y is None and method not in ("joint_log_probs", "classify"):
+        y = torch.arange(len(good(name))) % C
     args = (x,) if y is None else (x, y)
     if method in ("log_p", "log_p_tilde", "ess", "extend"):
         args = (*args, 2)
@@ -78,7 +94,9 @@ def call(name, method, x, y=None):
 
 
 def good(name):
-    """Data that all likelihoods here accept."""
+    """Data that the likelihood accepts."""
+    if name in EXACT:  # enough of it to fit noise to
+        return torch.randn(N * 10, D)
     return torch.ones(N, 2, D) if name.startswith("vrnn") else torch.ones(N, D)
 
 
@@ -87,7 +105,14 @@ def test_data(name, method):
     _, value, message = MODELS[name]
     x = good(name)
     call(name, method, x)
-    for entry, what in ((value, message), (math.nan, "nan.*no missing-data path")):
+    entries = [(value, message)]
+    if name in EXACT:
+        incomplete = x.clone()
+        incomplete[1, 2] = math.nan
+        call(name, method, incomplete)
+    else:
+        entries.append((math.nan, "nan.*no missing-data path"))
+    for entry, what in entries:
         bad = x.clone()
         bad[1, ..., 2] = entry
         with pytest.raises(InvalidData, match=what):
@@ -99,7 +124,7 @@ def test_data(name, method):
 
 @pytest.mark.parametrize("name, method", LABELLED)
 def test_labels(name, method):
-    x = good(name)
+    x = good(name)[:N]
     call(name, method, x, torch.tensor([0, 2, 1]))
     for bad, message in (
         ([0, C, 1], f"a label is {C}; expected integers from 0 to {C - 1}"),
@@ -113,7 +138,7 @@ def test_labels(name, method):
             call(name, method, x, torch.tensor(bad))
 
 
-@pytest.mark.parametrize("name", ["cvae", "gmvae", "coupled"])
+@pytest.mark.parametrize("name", ["cvae", "gmvae", "coupled", "cpa-conditional", "cpa-mixture"])
 def test_label_to_generate(name):
     model = MODELS[name][0]()
     assert model.generate(2, y=C - 1).shape == (2, D)
@@ -125,13 +150,13 @@ def test_label_to_generate(name):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("count", [0, -1, 1.5])
 def test_number_to_generate(name, count):
-    options = {"y": 0} if name == "cvae" else {}
+    options = {"y": 0} if name in CONDITIONAL else {}
     with pytest.raises(InvalidData, match="expected a positive integer"):
         MODELS[name][0]().generate(count, **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mode_of_generation(name):
-    options = {"y": 0} if name == "cvae" else {}
+    options = {"y": 0} if name in CONDITIONAL else {}
     with pytest.raises(InvalidData, match="mode is 'average'"):
         MODELS[name][0]().generate(1, mode="average", **options)
