@@ -98,6 +98,7 @@ def exact_work(sizes: tuple[int, ...], group: Any) -> tuple[Work, Work, int, int
         fit._e_step(x)
 
     def gradient(x: Tensor) -> None:
+        fit._last = None
         # With a group the gradient is taken, and summed, on the way.
         log_evidence = fit._log_evidence(parameters, x)
         if group is None:

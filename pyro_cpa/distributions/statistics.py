@@ -80,6 +80,13 @@ class SufficientStatistics:
         cross = torch.einsum("rdj,rej->de", maps, self.xz)
         return self.xx - cross - cross.mT + torch.einsum("rdj,rej->de", maps, fitted)
 
+    def expected_log_joint(
+        self, slopes: Tensor, offsets: Tensor, noise_scale: Tensor, prior_loc: Tensor, prior_tril: Tensor
+    ) -> Tensor:
+        """Sum over data of E[log p(x, z)]: its gradient is that of log p(X), where the statistics are of the arguments."""
+        noise, loc, tril = (tensor.to(self.xx) for tensor in (noise_scale, prior_loc, prior_tril))
+        return self.expected_log_likelihood(slopes, offsets, noise) + self.expected_log_prior(loc, tril)
+
     def expected_log_likelihood(self, slopes: Tensor, offsets: Tensor, noise_scale: Tensor) -> Tensor:
         """Sum over data of E[log N(x; g(z), Sx)], differentiable in all three arguments."""
         residual = self.residual(slopes, offsets)

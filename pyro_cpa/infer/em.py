@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributions.fisher import expected_statistics
-from ..distributions.parameters import check_data
-from ..distributions.pieces import PiecewiseJoint
 from ..distributions.statistics import SufficientStatistics
 from ..errors import CPAError, InvalidData, UnsupportedModel
 from ..partition import Network, Partition
@@ -23,7 +20,7 @@ from . import m_step
 from .autoguide import AutoCPAPosterior
 from .exact_fit import AbstractExactFit, StepRecord
 from .parameters import GaussianParameter, Weight, noise_parameter, prior_parameters
-from .structure import ExactProblem, identical
+from .structure import ExactProblem
 
 __all__ = ["EM"]
 
@@ -138,7 +135,6 @@ class EM(AbstractExactFit):
         self.blocks = None if blocks is None else tuple(blocks)
         self.warm_up = warm_up
         self.accelerate = accelerate
-        self._last: _EStep | None = None
         self._warned: set[str] = set()
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -148,7 +144,6 @@ class EM(AbstractExactFit):
         before = self._e_step(*args, **kwargs)
         with self._undone_on_error(before.problem):
             state, accepted = self._sweep(before, *args, **kwargs)
-        self._last = state
         gain = state.objective - before.objective
         record = StepRecord(state.log_evidence, state.objective, gain, time.perf_counter() - start, accepted)
         self.history.append(record)
@@ -169,22 +164,13 @@ class EM(AbstractExactFit):
         return state, accepted
 
     def _e_step(self, *args: Any, **kwargs: Any) -> _EStep:
-        problem, last = self._problem(*args, **kwargs), self._last
-
-        def unchanged() -> bool:
-            partition = self.guide.partition()
-            return last is not None and last.partition is partition and _unchanged(last.problem, problem)
-
-        if self._processes.all(unchanged) and last is not None:
-            return last
+        problem = self._problem(*args, **kwargs)
+        total, *sums = self._processes.sum(lambda: self._expectations(problem).sums)
+        joint, log_evidence = self._expectations(problem).joint, total.item()
         with torch.no_grad():
-            partition, joint = self.guide.partition(), self.guide.joint(problem)
-            total, *sums = self._processes.sum(lambda: _expectations(joint, problem.x))
-            log_evidence = total.item()
             objective = log_evidence - self._penalty().item()
-        return _EStep(
-            problem, partition, joint.noise.scale, SufficientStatistics(*sums), log_evidence, objective
-        )
+        statistics = SufficientStatistics(*sums)
+        return _EStep(problem, joint.partition, joint.noise.scale, statistics, log_evidence, objective)
 
     def _plan(self, state: _EStep) -> list[tuple[str, Callable[[_EStep], list[tuple[Target, Tensor]]], bool]]:
         """Name, proposal and whether walls move, of every block that this model has."""
@@ -326,17 +312,3 @@ class EM(AbstractExactFit):
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, UserWarning, stacklevel=4)
-
-
-def _expectations(joint: PiecewiseJoint, x: Tensor) -> list[Tensor]:
-    """log p(X) and the sufficient statistics of the rows of x."""
-    x = check_data(x, joint.partition.data_dim)
-    if len(x) == 0:
-        raise InvalidData("the data has no rows: EM needs at least one (in each process)")
-    log_prob, statistics = expected_statistics(joint, x)
-    return [log_prob.sum(), statistics.zz, statistics.xz, statistics.xx]
-
-
-def _unchanged(old: ExactProblem, new: ExactProblem) -> bool:
-    names = ("x", "prior_loc", "prior_tril", "noise_scale")
-    return all(identical(getattr(old, name), getattr(new, name)) for name in names)

@@ -7,8 +7,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import SVI, Trace_ELBO
@@ -16,12 +16,16 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..distributions.fisher import expected_statistics
+from ..distributions.parameters import check_data
+from ..distributions.pieces import PiecewiseJoint
+from ..distributions.statistics import SufficientStatistics
 from ..errors import InvalidData, RegionBudgetExceeded, UnsupportedModel
 from .autoguide import AutoCPAPosterior
 from .lbfgs import HISTORY, climb
 from .parameters import trainable
 from .process_group import Processes, led_by_first
-from .structure import ExactProblem
+from .structure import ExactProblem, identical
 
 __all__ = ["AbstractExactFit", "LBFGSRound", "StepRecord"]
 
@@ -43,6 +47,27 @@ class StepRecord:
     gain: float
     seconds: float
     accepted: dict[str, float] = field(default_factory=dict)
+
+
+class Expectations(NamedTuple):
+    """An E-step over the rows of one process.
+
+    Attributes:
+        given: data, prior and noise under which it was made, as copies.
+        joint: the same with the partition.
+        log_evidence: scalar, log p(X).
+        statistics: of the exact posterior.
+    """
+
+    given: tuple[Tensor, ...]
+    joint: PiecewiseJoint
+    log_evidence: Tensor
+    statistics: SufficientStatistics
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What is added up over processes."""
+        return [self.log_evidence, self.statistics.zz, self.statistics.xz, self.statistics.xx]
 
 
 class AbstractExactFit(SVI):
@@ -79,6 +104,7 @@ class AbstractExactFit(SVI):
         self._rows = 0
         self._processes = Processes(process_group)
         self._agreed = False
+        self._last: Expectations | None = None
         self._lbfgs = LBFGSRound(self, lbfgs_iterations)
 
     @abstractmethod
@@ -87,8 +113,8 @@ class AbstractExactFit(SVI):
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Exact -log p(x), summed over the data (of all processes)."""
-        with torch.no_grad():
-            return -self._log_evidence((), *args, **kwargs).item()
+        here = lambda: [self._expectations(self._read(*args, **kwargs)).log_evidence]  # noqa: E731
+        return -self._processes.sum(here)[0].item()
 
     def run(
         self,
@@ -172,15 +198,46 @@ class AbstractExactFit(SVI):
                     )
         return problem
 
+    def _expectations(self, problem: ExactProblem) -> Expectations:
+        """The E-step over this process's rows; that of the last call again, if nothing has changed since."""
+        given = problem.x, problem.prior_loc, problem.prior_tril, problem.noise_scale
+        partition, last = self.guide.partition(), self._last
+        if last is not None and last.joint.partition is partition and all(map(identical, last.given, given)):
+            return last
+        # Copies, lest a parameter that is written in place changes them too.
+        copies = tuple(tensor.detach().clone() for tensor in given)
+        x, prior_loc, prior_tril, noise_scale = copies
+        with torch.no_grad():
+            joint = self.guide.joint(
+                replace(problem, x=x, prior_loc=prior_loc, prior_tril=prior_tril, noise_scale=noise_scale)
+            )
+            x = check_data(x, partition.data_dim)
+            if len(x) == 0:
+                raise InvalidData("the data has no rows: expected at least one (in each process)")
+            log_prob, statistics = expected_statistics(joint, x)
+        self._last = Expectations(copies, joint, log_prob.sum(), statistics)
+        return self._last
+
     def _log_evidence(self, parameters: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Exact log p(X) of all processes, differentiable in ``parameters``."""
+        """Exact log p(X) of all processes, differentiable in ``parameters`` by Fisher's identity."""
+
+        def ours() -> Tensor:
+            problem = self._read(*args, **kwargs)
+            found = self._expectations(problem)
+            expected = found.statistics.expected_log_joint(
+                *found.joint.partition.affine_maps(),
+                problem.noise_scale,
+                problem.prior_loc,
+                problem.prior_tril,
+            )
+            # The expectation has the evidence's gradient, not its value.
+            return found.log_evidence + (expected - expected.detach())
+
         if self._processes.group is None:
-            return self.guide.log_evidence(*args, **kwargs).double().sum()
+            return ours()
 
         def here() -> list[Tensor]:
-            log_prob = self.guide.log_evidence(*args, **kwargs).double().sum()
-            if not parameters:
-                return [log_prob]
+            log_prob = ours()
             return [log_prob, *torch.autograd.grad(log_prob, list(parameters), materialize_grads=True)]
 
         total, *gradients = self._processes.sum(here)

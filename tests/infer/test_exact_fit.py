@@ -1,0 +1,123 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""The E-step that fits keep follows whatever changes, in place too; its gradient is the evidence's."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from exact_pairs import Exact, circle, net
+from pyro.nn import PyroModule, PyroParam
+from torch import nn
+from torch.distributions import constraints
+
+from pyro_cpa.distributions import CPAMarginal
+from pyro_cpa.infer import EM, AutoCPAPosterior, ExactML
+
+
+class Direct(PyroModule):
+    """Prior mean and noise are leaves themselves: writes in place reach every view of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = net(1, 6, 2, seed=2)
+        self.loc = nn.Parameter(torch.tensor([0.3]))
+        self.noise = nn.Parameter(torch.tensor([0.6, 0.9]))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.loc, 1.0).to_event(1))
+            pyro.sample("x", dist.NanMaskedNormal(self.decoder(z), self.noise).to_event(1), obs=x)
+
+    def oracle(self, x):
+        return CPAMarginal(self.decoder, self.noise, loc=self.loc).log_prob(x).sum()
+
+
+def fit_of(model, kind=EM, **kwargs):
+    return kind(model, AutoCPAPosterior(model, decoder=model.decoder), **kwargs)
+
+
+def doubled(tensor):
+    with torch.no_grad():
+        tensor.mul_(2.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, x: doubled(model.loc),
+        lambda model, x: doubled(model.noise),
+        lambda model, x: doubled(model.noise.data),
+        lambda model, x: doubled(x),
+        lambda model, x: doubled(model.decoder[2].bias),
+        lambda model, x: model.decoder[0].weight.data.mul_(-1.0),
+    ],
+)
+@pytest.mark.parametrize("holes", [False, True])
+def test_the_kept_e_step_follows_changes_in_place(change, holes):
+    model, x = Direct(), circle(30)
+    if holes:
+        x[::3, 1] = torch.nan
+    fit = fit_of(model)
+    before = fit.evaluate_loss(x)
+    kept = fit._last
+    assert fit.evaluate_loss(x) == before and fit._last is kept
+    change(model, x)
+    after = fit.evaluate_loss(x)
+    assert abs(after - before) > 1e-3
+    assert after == pytest.approx(-model.oracle(x).item(), rel=1e-12)
+
+
+def test_a_prior_that_is_written_in_place_is_followed_by_em():
+    model, x = Direct(), circle(60)
+    em = fit_of(model, blocks=("prior",))
+    for _ in range(3):
+        em.step(x)
+        assert em.history[-1].log_evidence == pytest.approx(model.oracle(x).item(), rel=1e-12)
+    assert em.history[-1].gain > 0
+
+
+def test_what_is_kept_holds_no_graph():
+    model, x = Direct(), circle(30)
+    fit = fit_of(model)
+    fit._log_evidence(list(model.parameters()), x).backward()
+    statistics = fit._last.statistics
+    held = [*fit._last.given, fit._last.log_evidence, statistics.zz, statistics.xz, statistics.xx]
+    assert not any(tensor.requires_grad for tensor in held)
+
+
+class Full(Exact):
+    """Full noise, and a prior that is learned."""
+
+    def __init__(self, *sizes, **kwargs):
+        super().__init__(*sizes, noise=[[0.6, 0.0], [0.2, 0.5]], **kwargs)
+        self.loc = PyroParam(0.1 * torch.ones(sizes[0]))
+        self.spread = PyroParam(1.2 * torch.ones(sizes[0]), constraint=constraints.positive)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.loc, self.spread).to_event(1))
+            pyro.sample("x", self.likelihood(self.decoder(z)), obs=x)
+
+    def oracle(self, x):
+        prior = {"loc": self.loc, "prior_covariance": torch.diag(self.spread**2)}
+        return (
+            CPAMarginal(self.decoder, covariance_matrix=self.noise @ self.noise.mT, **prior).log_prob(x).sum()
+        )
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("make", [Direct, lambda: Full(1, 5, 2), lambda: Full(2, 4, 2)])
+def test_the_gradient_is_that_of_the_evidence(make, holes):
+    model, x = make(), circle(25)
+    if holes:
+        x[::3, 0] = torch.nan
+    fit, parameters = fit_of(model, ExactML), list(model.parameters())
+    found = fit._log_evidence(parameters, x)
+    expected = model.oracle(x)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    pairs = zip(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True
+    )
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
