@@ -112,24 +112,26 @@ def _exp(y):
     return power
 
 
-def _quadrature_of_slices(count):
-    """Compiled: the integrals of 1, x, x^2, eta, x eta, eta^2 over (-1, 1) times slices, by ``count`` nodes on each."""
-    nodes, weights = np.array(gauss_legendre(count)).T.copy()
+def _integrals(panel_nodes, slice_nodes):
+    """Compiled: the integrals of 1, x, x^2, eta, x eta, eta^2 over (-1, 1) times slices, by so many nodes on each."""
+    # Sizes known to the compiler let it work on several x at a time.
+    xs, x_weights = np.array(gauss_legendre(panel_nodes)).T.copy()
+    ys, y_weights = np.array(gauss_legendre(slice_nodes)).T.copy()
 
     # Every term of the mass is positive: its sum may be reordered.
     @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
-    def integrate(t0, s0, middle, half, center, center_rate, radius, radius_rate, start, stop):
+    def integrate(t0, s0, middle, half, center, center_rate, radius, radius_rate):
         one, x_one, xx_one, first, x_first, second = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        for k in range(start, stop):
-            x, weight = _PANEL_RULES[k, 0], _PANEL_RULES[k, 1]
+        for k in range(panel_nodes):
+            x, weight = xs[k], x_weights[k]
             tau = middle + half * x
             c, r = center + x * center_rate, radius + x * radius_rate
             level = tau * (-0.5 * tau - t0) - (s0 + 0.5 * c) * c
             slope, curvature = -(s0 + c) * r, -0.5 * r * r
             even, odd, square = 0.0, 0.0, 0.0
-            for j in range(count):
-                y = nodes[j]
-                term = weights[j] * _exp(level + y * (slope + curvature * y))
+            for j in range(slice_nodes):
+                y = ys[j]
+                term = y_weights[j] * _exp(level + y * (slope + curvature * y))
                 even += term
                 odd += y * term
                 square += y * y * term
@@ -146,14 +148,29 @@ def _quadrature_of_slices(count):
     return integrate
 
 
+def _quadrature_of_slices(slice_nodes):
+    """Compiled: the same by the panel's rule of a given index."""
+    small, middling, large = (_integrals(panel_nodes, slice_nodes) for panel_nodes in _PANEL_NODES)
+
+    @_compile
+    def integrate(rule, t0, s0, middle, half, center, center_rate, radius, radius_rate):
+        if rule == 0:
+            return small(t0, s0, middle, half, center, center_rate, radius, radius_rate)
+        if rule == 1:
+            return middling(t0, s0, middle, half, center, center_rate, radius, radius_rate)
+        return large(t0, s0, middle, half, center, center_rate, radius, radius_rate)
+
+    return integrate
+
+
 _flat, _smooth, _curved = (_quadrature_of_slices(count) for count in (4, 6, 12))
 
 
 @_compile
-def _wide(t0, middle, half, center, center_rate, radius, radius_rate, start, stop):
+def _wide(rule, t0, middle, half, center, center_rate, radius, radius_rate):
     """The same for s0 = 0 over slices of any width, from the side of the smaller tail."""
     one, x_one, xx_one, first, x_first, second = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for k in range(start, stop):
+    for k in range(_PANEL_STARTS[rule], _PANEL_STARTS[rule + 1]):
         x, weight = _PANEL_RULES[k, 0], _PANEL_RULES[k, 1]
         tau = middle + half * x
         c, r = center + x * center_rate, radius + x * radius_rate
@@ -183,7 +200,6 @@ def _panel(t0, s0, middle, half, center, center_rate, radius, radius_rate, sums)
     rule = 0
     while _SIZES[rule] < share * size:
         rule += 1
-    start, stop = _PANEL_STARTS[rule], _PANEL_STARTS[rule + 1]
     small, c_rate, r_rate = share * half, share * center_rate, share * radius_rate
     for piece in range(pieces):
         shift = 2.0 * piece + 1.0 - pieces
@@ -191,13 +207,13 @@ def _panel(t0, s0, middle, half, center, center_rate, radius, radius_rate, sums)
         widest = r + abs(r_rate)
         change = widest * max(abs(s0 + c) + abs(c_rate), 2.0 * widest)
         if change <= _FLAT:
-            found = _flat(t0, s0, at, small, c, c_rate, r, r_rate, start, stop)
+            found = _flat(rule, t0, s0, at, small, c, c_rate, r, r_rate)
         elif change <= SMOOTH:
-            found = _smooth(t0, s0, at, small, c, c_rate, r, r_rate, start, stop)
+            found = _smooth(rule, t0, s0, at, small, c, c_rate, r, r_rate)
         elif s0 != 0.0 or change <= _WIDE:
-            found = _curved(t0, s0, at, small, c, c_rate, r, r_rate, start, stop)
+            found = _curved(rule, t0, s0, at, small, c, c_rate, r, r_rate)
         else:
-            found = _wide(t0, at, small, c, c_rate, r, r_rate, start, stop)
+            found = _wide(rule, t0, at, small, c, c_rate, r, r_rate)
         one, x_one, xx_one, first, x_first, second = found
         tau_1 = at * one + small * x_one
         sums[0] += small * one
