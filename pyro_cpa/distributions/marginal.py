@@ -19,7 +19,7 @@ from .conditional import CPAConditional
 from .constraints import real_or_missing_vector
 from .expectation import evidence, evidence_and_omitted, evidence_with_error
 from .fisher import differentiable_evidence
-from .parameters import Shape, check_data, noise_factor, prior_factors
+from .parameters import TOLERANCE, Shape, check_data, noise_factor, prior_factors
 from .pieces import GaussianNoise, GaussianPrior, PiecewiseJoint
 from .posterior import CPAPosterior
 
@@ -99,7 +99,7 @@ class CPAMarginal(TorchDistribution):
         latent_dim: int | None = None,
         max_regions: int = 200_000,
         memory_budget: int = 2**28,
-        tolerance: float = 1e-12,
+        tolerance: float = TOLERANCE,
         num_points: int = NUM_POINTS,
         validate_args: bool | None = None,
     ) -> None:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..errors import InvalidData
 
-__all__ = ["Shape", "check_data", "noise_factor", "prior_factors"]
+__all__ = ["TOLERANCE", "Shape", "check_data", "check_gaussian", "noise_factor", "prior_factors"]
 
+TOLERANCE = 1e-12
+"""Share of p(x) that may be left out by default, less than the rounding of a sum over the data."""
 Shape = torch.Size | list[int] | tuple[int, ...]
 
 
@@ -36,6 +38,17 @@ def check_data(x: Tensor, data_dim: int) -> Tensor:
     return flat
 
 
+def check_gaussian(loc: Tensor | None, factor: Tensor, name: str) -> None:
+    """Refuse a mean that is not finite, and standard deviations or a Cholesky factor (D, D) of no density."""
+    deviations = factor.diagonal() if factor.dim() == 2 else factor
+    if loc is not None and not bool((loc.abs() < torch.inf).all()):
+        raise InvalidData(f"the mean of {name} is {loc.detach().tolist()}: expected finite numbers")
+    if not bool((deviations > 0).all() & (factor.abs() < torch.inf).all()):
+        raise InvalidData(
+            f"the scale of {name} is {factor.detach().tolist()}: standard deviations must be finite and > 0"
+        )
+
+
 def noise_factor(
     scale: Tensor | float | None, covariance_matrix: Tensor | None, D: int, like: Tensor
 ) -> Tensor:
@@ -51,10 +64,7 @@ def noise_factor(
         raise InvalidData(
             f"scale has shape {tuple(value.shape)}: expected a number or one per dimension, ({D},)"
         )
-    if not bool((value.isfinite() & (value > 0)).all()):
-        raise InvalidData(
-            f"scale is {value.detach().flatten().tolist()}: standard deviations must be finite and > 0"
-        )
+    check_gaussian(None, value, "the noise")
     return value.expand(D)
 
 

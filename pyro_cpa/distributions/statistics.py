@@ -83,9 +83,15 @@ class SufficientStatistics:
     def expected_log_joint(
         self, slopes: Tensor, offsets: Tensor, noise_scale: Tensor, prior_loc: Tensor, prior_tril: Tensor
     ) -> Tensor:
-        """Sum over data of E[log p(x, z)]: its gradient is that of log p(X), where the statistics are of the arguments."""
+        """Sum over data of E[log p(x, z)], without the prior's term where the prior has no gradient.
+
+        Its gradient is that of log p(X), if the statistics were taken under these arguments.
+        """
         noise, loc, tril = (tensor.to(self.xx) for tensor in (noise_scale, prior_loc, prior_tril))
-        return self.expected_log_likelihood(slopes, offsets, noise) + self.expected_log_prior(loc, tril)
+        expected = self.expected_log_likelihood(slopes, offsets, noise)
+        if loc.requires_grad or tril.requires_grad:
+            expected = expected + self.expected_log_prior(loc, tril)
+        return expected
 
     def expected_log_likelihood(self, slopes: Tensor, offsets: Tensor, noise_scale: Tensor) -> Tensor:
         """Sum over data of E[log N(x; g(z), Sx)], differentiable in all three arguments."""

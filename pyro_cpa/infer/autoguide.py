@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..distributions import CPAMarginal, CPAPosterior
-from ..distributions.pieces import PiecewiseJoint
+from ..distributions.parameters import TOLERANCE, check_gaussian
+from ..distributions.pieces import GaussianNoise, GaussianPrior, PiecewiseJoint
 from ..integrals.estimated_cells import NUM_POINTS
 from ..partition import Partition, enumerate_regions
 from .decoder_guide import AbstractDecoderGuide
@@ -103,7 +104,14 @@ class AutoCPAPosterior(AbstractDecoderGuide):
 
     def joint(self, problem: ExactProblem) -> PiecewiseJoint:
         """Partition, prior and noise of a call, detached: what an E-step needs."""
-        return self._marginal(problem).joint
+        partition = self.partition()
+        read = problem.prior_loc, problem.prior_tril, problem.noise_scale
+        loc, tril, scale = (tensor.detach().to(partition.output_weight) for tensor in read)
+        check_gaussian(loc, tril, f"the prior of site '{problem.latent}'")
+        check_gaussian(None, scale, f"the noise of site '{problem.observed}'")
+        prior, noise = GaussianPrior(loc, tril), GaussianNoise(scale)
+        budget, num_points = self.memory_budget, self.num_points
+        return PiecewiseJoint(partition, prior, noise, budget, TOLERANCE, num_points=num_points)
 
     def _marginal(self, problem: ExactProblem) -> CPAMarginal:
         return CPAMarginal(

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The E-step that fits keep follows whatever changes, in place too; its gradient is the evidence's."""
 
+from dataclasses import replace
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_cpa.distributions import CPAMarginal
+from pyro_cpa.errors import InvalidData
 from pyro_cpa.infer import EM, AutoCPAPosterior, ExactML
 
 
@@ -121,3 +124,17 @@ def test_the_gradient_is_that_of_the_evidence(make, holes):
     )
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name, message", [("loc", "mean of the prior of site 'z'"), ("noise", "noise of site 'x'")]
+)
+def test_values_that_are_not_finite_are_refused_by_name(name, message):
+    model, x = Direct(), circle(10)
+    fit = fit_of(model)
+    problem = fit._problem(x)
+    field = {"loc": "prior_loc", "noise": "noise_scale"}[name]
+    for bad in (torch.inf, torch.nan):
+        broken = replace(problem, **{field: torch.full_like(getattr(problem, field), bad)})
+        with pytest.raises(InvalidData, match=message):
+            fit._expectations(broken)
