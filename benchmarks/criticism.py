@@ -7,16 +7,17 @@
     python benchmarks/criticism.py --smoke                 # the same in seconds, figures mean nothing
 
 Prints tables and writes them to benchmarks/results/criticism_*.csv. Figures are means over seeds (splits, gaps,
-starts), "+-" half of a 95 % t-interval of that mean. Columns are standardised by the training rows.
+starts), "+-" half of a 95 % t-interval of that mean. Columns are standardised by the training rows. Imputation, the
+longest, keeps each of its runs in criticism_imputation_runs.csv, resumes there, and takes more seeds later.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -24,7 +25,7 @@ import pyro.distributions as dist
 import torch
 from imputers import IMPUTERS
 from pyro.infer import SVI
-from runs import publish
+from runs import Folders, folders, kept, publish, put
 from scipy import stats
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.decomposition import PCA
@@ -46,7 +47,6 @@ from pyro_cpa.criticism import (
 from pyro_cpa.distributions import CPAMarginal
 from pyro_cpa.infer import ImportanceWeightedELBO
 
-RESULTS = Path(__file__).parent / "results"
 PARTICLES = (2, 10, 100)
 Rows = list[dict[str, object]]
 
@@ -62,36 +62,42 @@ def standardised(
     return (train[:, varies] - loc) / scale, (test[:, varies] - loc) / scale
 
 
-def imputation(seeds: int, smoke: bool, chosen: tuple[str, ...] = ()) -> Rows:
+def imputation(seeds: int, smoke: bool, place: Folders, chosen: tuple[str, ...] = ()) -> Rows:
+    """Resumes: each run is kept as soon as it is done."""
     tables = {"wine": load_wine().data, "breast_cancer": load_breast_cancer().data}
     # Pixels are counts of 0..16: noise of one unit makes a density exist.
     digits = load_digits().data
     tables["digits"] = digits + np.random.default_rng(0).random(digits.shape)
-    found: dict[tuple, list[dict[str, float]]] = defaultdict(list)
-    for name, data in tables.items():
-        if chosen and name not in chosen:
-            continue
-        for share in (0.2, 0.5):
-            for seed in range(seeds):
-                random = np.random.default_rng(seed)
-                train, test = standardised(data[:60] if smoke else data, random)
-                holes = [np.where(random.random(x.shape) < share, np.nan, x) for x in (train, test)]
-                usable = ~np.isnan(holes[0]).all(0)
-                gaps = np.isnan(holes[1][:, usable])
-                truth = test[:, usable][gaps]
-                for method, complete in IMPUTERS.items():
-                    begin = time.process_time()
-                    done = complete(holes[0][:, usable], holes[1][:, usable], seed, smoke)
-                    row = {"RMSE": float(np.sqrt(np.mean((done.mean[gaps] - truth) ** 2)))}
-                    if done.draws is not None:
-                        low, high = np.quantile(done.draws, (0.05, 0.95), axis=0)
-                        row["coverage of 90 %"] = float(np.mean((low[gaps] <= truth) & (truth <= high[gaps])))
-                    row["log p(x_obs)" + (" (estimate)" if done.estimated else "")] = done.log_prob
-                    row["CPU s"] = time.process_time() - begin
-                    found[name, f"{share:.0%}", method].append(row)
-                    print(name, share, seed, method, row, flush=True)
+    keys, path = ("data", "missing", "method", "seed"), place.results / "criticism_imputation_runs.csv"
+    done = kept(path, keys)
+    for name, share, seed in itertools.product(chosen or tables, (0.2, 0.5), range(seeds)):
+        random = np.random.default_rng(seed)
+        train, test = standardised(tables[name][:60] if smoke else tables[name], random)
+        holes = [np.where(random.random(x.shape) < share, np.nan, x) for x in (train, test)]
+        usable = ~np.isnan(holes[0]).all(0)
+        gaps, truth = np.isnan(holes[1][:, usable]), test[:, usable]
+        for method, complete in IMPUTERS.items():
+            key = (name, f"{share:.0%}", method, str(seed))
+            if key in done:
+                continue
+            begin = time.process_time()
+            found = complete(holes[0][:, usable], holes[1][:, usable], seed, smoke)
+            row: dict[str, object] = dict(zip(keys, key, strict=True))
+            row["RMSE"] = float(np.sqrt(np.mean((found.mean[gaps] - truth[gaps]) ** 2)))
+            if found.draws is not None:
+                low, high = np.quantile(found.draws, (0.05, 0.95), axis=0)
+                within = (low[gaps] <= truth[gaps]) & (truth[gaps] <= high[gaps])
+                row["coverage of 90 %"] = float(np.mean(within))
+            if not np.isnan(found.log_prob):
+                row["log p(x_obs)" + (" (estimate)" if found.estimated else "")] = found.log_prob
+            row["CPU s"] = time.process_time() - begin
+            print(*row.values(), flush=True)
+            put(path, [row], keys)
     measures = ("RMSE", "coverage of 90 %", "log p(x_obs)", "log p(x_obs) (estimate)", "CPU s")
-    return summarise(found, ("data", "missing", "method"), measures)
+    groups: dict[tuple, list[dict[str, float]]] = defaultdict(list)
+    for (*group, _), row in kept(path, keys).items():
+        groups[tuple(group)].append({name: float(row[name]) for name in measures if row.get(name)})
+    return summarise(groups, keys[:-1], measures)
 
 
 def detectors(
@@ -290,13 +296,12 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=(), help="imputation: these tables only")
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
-    for name, (task, title) in TASKS.items():
-        if args.only in (None, name):
-            options = {"chosen": tuple(args.data)} if name == "imputation" else {}
-            rows = task(1 if args.smoke else args.seeds, args.smoke, **options)
-            # Tables left out by --data keep their rows.
-            keys = ("data", "missing", "method") if options else ()
-            publish(title, rows, RESULTS / f"criticism_{name}{'_smoke' if args.smoke else ''}.csv", keys)
+    with folders(args.smoke) as place:
+        for name, (task, title) in TASKS.items():
+            if args.only in (None, name):
+                options = {"place": place, "chosen": tuple(args.data)} if name == "imputation" else {}
+                rows = task(1 if args.smoke else args.seeds, args.smoke, **options)
+                publish(title, rows, place.results / f"criticism_{name}.csv")
 
 
 if __name__ == "__main__":

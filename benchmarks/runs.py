@@ -35,6 +35,7 @@ __all__ = [
     "batches",
     "binary_table",
     "folders",
+    "kept",
     "provenance",
     "publish",
     "put",
@@ -202,12 +203,17 @@ def provenance() -> dict[str, str]:
     }
 
 
+def kept(path: Path, keys: Sequence[str]) -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows of the table at ``path``, if there is one, by the values of ``keys``."""
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {tuple(row[key] for key in keys): row for row in csv.DictReader(file)}
+
+
 def put(path: Path, rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, str]]:
     """Puts ``rows`` into the table at ``path`` in place of older ones with the same ``keys``; returns all rows."""
-    table: dict[tuple[str, ...], dict[str, str]] = {}
-    if path.exists():
-        with open(path, newline="") as file:
-            table = {tuple(row[key] for key in keys): row for row in csv.DictReader(file)}
+    table = kept(path, keys)
     for row in rows:
         table[tuple(str(row[key]) for key in keys)] = {head: str(value) for head, value in row.items()}
     found = list(table.values())
@@ -231,13 +237,12 @@ def show(
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
-def publish(title: str, rows: Sequence[dict[str, Any]], path: Path, keys: Sequence[str] = ()) -> None:
-    """Prints a table under its title and writes it to ``path``; older rows with other values of ``keys`` stay there."""
+def publish(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Prints a table under its title and writes it to ``path``; nothing where there are no rows."""
     if not rows:
         return
     print(f"\n{title}")
     show(rows)
     path.parent.mkdir(exist_ok=True)
-    if not keys:
-        path.unlink(missing_ok=True)
-    put(path, rows, keys or list(rows[0]))
+    path.unlink(missing_ok=True)
+    put(path, rows, list(rows[0]))

@@ -21,13 +21,11 @@ Prints a table and keeps it in benchmarks/results/toys.csv, each run in toys_run
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -35,7 +33,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroParam
-from runs import Stopwatch, arguments, folders, provenance, put, show
+from runs import Stopwatch, arguments, folders, kept, provenance, put, show
 from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -219,13 +217,6 @@ def summary(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return found
 
 
-def existing(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        return {tuple(row[key] for key in KEYS): row for row in csv.DictReader(file)}
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data-seeds", type=int, default=2)
@@ -244,11 +235,11 @@ def main() -> None:
     ]
     with folders(options.smoke) as place:
         path = place.results / "toys_runs.csv"
-        done = existing(path)
+        done = kept(path, KEYS)
         for key in tqdm(todo, desc="runs"):
             if tuple(map(str, key)) not in done:
                 put(path, [run(*key, options.smoke)], KEYS)
-        rows = summary(list(existing(path).values()))
+        rows = summary(list(kept(path, KEYS).values()))
         put(place.results / "toys.csv", rows, ("curve", "net", "method"))
         show(rows)
 
