@@ -103,10 +103,10 @@ class AutoCPAPosterior(AbstractDecoderGuide):
         return self._marginal(self.problem(*args, **kwargs))
 
     def joint(self, problem: ExactProblem) -> PiecewiseJoint:
-        """Partition, prior and noise of a call, detached: what an E-step needs."""
+        """Partition, prior and noise of a call, as copies: what an E-step needs."""
         partition = self.partition()
         read = problem.prior_loc, problem.prior_tril, problem.noise_scale
-        loc, tril, scale = (tensor.detach().to(partition.output_weight) for tensor in read)
+        loc, tril, scale = (tensor.detach().to(partition.output_weight, copy=True) for tensor in read)
         check_gaussian(loc, tril, f"the prior of site '{problem.latent}'")
         check_gaussian(None, scale, f"the noise of site '{problem.observed}'")
         prior, noise = GaussianPrior(loc, tril), GaussianNoise(scale)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -200,22 +200,22 @@ class AbstractExactFit(SVI):
 
     def _expectations(self, problem: ExactProblem) -> Expectations:
         """The E-step over this process's rows; that of the last call again, if nothing has changed since."""
-        given = problem.x, problem.prior_loc, problem.prior_tril, problem.noise_scale
-        partition, last = self.guide.partition(), self._last
-        if last is not None and last.joint.partition is partition and all(map(identical, last.given, given)):
+        joint, last = self.guide.joint(problem), self._last
+        given = problem.x, *joint.prior, joint.noise.scale
+        if (
+            last is not None
+            and last.joint.partition is joint.partition
+            and all(map(identical, last.given, given))
+        ):
             return last
-        # Copies, lest a parameter that is written in place changes them too.
-        copies = tuple(tensor.detach().clone() for tensor in given)
-        x, prior_loc, prior_tril, noise_scale = copies
         with torch.no_grad():
-            joint = self.guide.joint(
-                replace(problem, x=x, prior_loc=prior_loc, prior_tril=prior_tril, noise_scale=noise_scale)
-            )
-            x = check_data(x, partition.data_dim)
+            x = check_data(problem.x, joint.partition.data_dim)
             if len(x) == 0:
                 raise InvalidData("the data has no rows: expected at least one (in each process)")
             log_prob, statistics = expected_statistics(joint, x)
-        self._last = Expectations(copies, joint, log_prob.sum(), statistics)
+        # A copy, lest data that are overwritten change it too.
+        given = problem.x.detach().clone(), *given[1:]
+        self._last = Expectations(given, joint, log_prob.sum(), statistics)
         return self._last
 
     def _log_evidence(self, parameters: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:

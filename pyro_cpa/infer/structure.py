@@ -132,7 +132,8 @@ def _gaussian(name: str, fn: Any, role: str) -> tuple[Any, list[Tensor]]:
 def _common(name: str, what: str, value: Tensor, event_dim: int) -> Tensor:
     """The one parameter that all rows share, with its graph."""
     rows = value.reshape((-1,) + value.shape[value.dim() - event_dim :])
-    if rows.shape[0] > 1 and not bool((rows.detach() == rows[:1].detach()).all()):
+    # A stride of 0 says that the rows are one and the same.
+    if rows.shape[0] > 1 and rows.stride(0) and not bool((rows.detach() == rows[:1].detach()).all()):
         raise UnsupportedModel(
             f"the {what} of site '{name}' differs from row to row: the exact posterior needs one {what} for all data"
         )

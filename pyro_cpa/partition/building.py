@@ -122,8 +122,8 @@ class Builder:
 
     def units(self, x: Value, knots: list[float], slopes: list[float], intercepts: list[float]) -> Value:
         """One piecewise-linear function for all entries; see :class:`Elementwise`."""
-        read = partial(elements.piecewise, knots, slopes, intercepts, self.like.device)
-        return self.add((x,), x.shape, read, switches=True)
+        layer = elements.piecewise(knots, slopes, intercepts, self.like.device)
+        return self.add((x,), x.shape, partial(elements.same, layer), switches=True)
 
     def bound(self, x: Value, limit: Any, below: bool) -> Value:
         """max(x, limit), or min(x, limit) where ``below``, for a constant ``limit``."""
@@ -135,7 +135,7 @@ class Builder:
         """max(a, b), or min(a, b) where ``least``."""
         a, b = self._alike(a, b)
         difference = self._sum(b, a, -1.0) if least else self._sum(a, b, -1.0)
-        read = partial(elements.hinge, self.like.device)
+        read = partial(elements.same, elements.hinge(self.like.device))
         return self.add((difference, a, b), a.shape, read, switches=True)
 
     def greatest(self, x: Value, table: Tensor, shape: Sequence[int], least: bool = False) -> Value:

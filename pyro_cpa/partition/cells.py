@@ -66,10 +66,10 @@ class Intervals(Cells):
 
     def generators(self) -> Tensor:
         ends = torch.stack([self.lower, self.upper], dim=1)
-        finite = torch.isfinite(ends)
-        points = weighted_points(ends[..., None], finite)
-        directions = torch.stack([ends.sign(), torch.zeros_like(ends)], dim=-1)
-        return torch.where(finite[..., None], points, directions)
+        infinite = ends.abs() == torch.inf
+        found = weighted_points(ends[..., None], ~infinite)
+        found[..., 0] += ends.sign() * infinite
+        return found
 
     def clip_to_box(self, low: Bound, high: Bound) -> list[np.ndarray]:
         low, high = (float(np.asarray(end).item()) for end in (low, high))

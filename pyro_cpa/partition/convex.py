@@ -46,12 +46,11 @@ class Cells:
         divided by the number of corners.
         """
         generators = self.generators()
-        is_point = generators[..., -1:] > 0
+        points = generators * (generators[..., -1:] > 0)
         # Opposite directions of a strip cancel before the points, perhaps much smaller, are added.
-        directions = torch.where(is_point, 0.0, generators).sum(1)
-        total = directions + torch.where(is_point, generators, 0.0).sum(1)
+        total = (generators - points).sum(1) + points.sum(1)
         weight = total[:, -1:]
-        return torch.where(weight > 0, total[:, :-1] / torch.where(weight > 0, weight, 1.0), 0.0)
+        return (total[:, :-1] / weight).masked_fill(weight <= 0, 0.0)
 
     def clip_to_box(self, low: Bound, high: Bound) -> list[np.ndarray]:
         """Corners of each cell within a box, for drawing.
@@ -87,7 +86,8 @@ def weighted_points(points: Tensor, exists: Tensor) -> Tensor:
     between numbers of size 1 and their rounding errors: a corner nearer to the origin may be there by
     rounding only.
     """
-    distance = torch.where(exists, torch.linalg.vector_norm(points, dim=-1), 0.0)
+    points = points.masked_fill(~exists[..., None], 0.0)
+    distance = torch.linalg.vector_norm(points, dim=-1)
     scale = distance.amax(1, keepdim=True).clamp(1e-8, 1.0)
-    weight = torch.where(exists, 1 / (scale + distance), 0.0)[..., None]
-    return torch.cat([torch.where(exists[..., None], points, 0.0) * weight, weight], dim=-1)
+    weight = (exists / (scale + distance))[..., None]
+    return torch.cat([points * weight, weight], dim=-1)

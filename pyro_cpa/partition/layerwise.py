@@ -80,7 +80,7 @@ def _crossing(
     for rows in _chunks(len(generators), generators.shape[1], graph.numbers(value)):
         chunk = [pattern[rows] for pattern in patterns]
         maps, magnitude = graph.push_magnitude(layers, chunk, *basis, value)
-        if not bool(torch.isfinite(maps).all()):
+        if not bool((maps.abs() < torch.inf).all()):
             raise InvalidData(f"{place}: its input overflows float64. Scale the weights of the decoder down.")
         # A branch without units yet has one map for all cells.
         count = rows.stop - rows.start

@@ -57,6 +57,8 @@ class Walls:
 
     @staticmethod
     def cat(parts: Sequence[Walls]) -> Walls:
+        if len(parts) == 1:
+            return parts[0]
         return Walls(*(torch.cat(fields) for fields in zip(*(part._fields() for part in parts), strict=True)))
 
     def cross(self, generators: Tensor) -> Tensor:
@@ -99,5 +101,5 @@ def crossing_walls(generators: Tensor, maps: Tensor, magnitude: Tensor, layer: E
             shift=shift + NOISE * knot.expand(maps.shape[-1])[unit].abs() / size,
         )
         # A wall whose offset overflows crosses nothing: its depths are infinite or NaN.
-        found.append(walls[walls.cross(generators[cell])])
+        found.append(walls[walls.cross(generators[cell]).nonzero()[:, 0]])
     return Walls.cat(found)
