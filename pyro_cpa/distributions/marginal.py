@@ -113,7 +113,7 @@ class CPAMarginal(TorchDistribution):
         # Read once: weights may be random draws (PyroSample), which another reading would draw again.
         self._layers = partition.network.layers()
         D, L = partition.data_dim, partition.latent_dim
-        like = partition.offsets
+        like = partition.output_bias
         self._noise_scale = noise_factor(scale, covariance_matrix, D, like)
         self._prior_loc, self._prior_tril = prior_factors(loc, prior_covariance, L, like)
         self._dtype = next(

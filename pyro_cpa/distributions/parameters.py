@@ -72,7 +72,7 @@ def prior_factors(
     loc: Tensor | None, prior_covariance: Tensor | None, L: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Prior mean (L,) and lower Cholesky factor (L, L) of the prior covariance."""
-    mean = torch.zeros_like(like[0, :1]).expand(L) if loc is None else torch.as_tensor(loc).to(like)
+    mean = like.new_zeros(1).expand(L) if loc is None else torch.as_tensor(loc).to(like)
     if mean.shape != (L,) or not bool(mean.isfinite().all()):
         raise InvalidData(
             f"loc has shape {tuple(mean.shape)}: expected {L} finite numbers, the prior mean of z"

@@ -118,18 +118,21 @@ def _cost(kept: Tensor) -> int:
 
 
 def _tree(joint: PiecewiseJoint) -> RegionTree:
-    (loc, tril), (_, slopes, offsets, _) = joint.prior, joint.whitened_maps()
-    R = len(joint.cells)
+    (loc, tril), (*_, maps) = joint.prior, joint.whitened_maps()
+    R, L = len(joint.cells), len(loc)
     found = integrals.moments(joint.cells, loc.expand(R, -1), tril.expand(R, -1, -1))
-    slopes = torch.linalg.solve_triangular(tril, slopes, upper=False, left=False)
-    return RegionTree(joint.cells, slopes, offsets - slopes @ loc, found.log_mass, found.mean)
+    # The slopes are the directions, combined by the inverse of ``inverse``; and latents are loc + tril u.
+    eye = torch.eye(L, dtype=loc.dtype, device=loc.device)
+    factor = torch.linalg.solve_triangular(tril @ maps.inverse, eye.expand(R, L, L), upper=False)
+    slopes = maps.directions.mT @ factor
+    offsets = maps.offsets - torch.einsum("rdl,l->rd", slopes, loc)
+    return RegionTree(joint.cells, slopes, offsets, found.log_mass, found.mean)
 
 
 def _lower_bound(joint: PiecewiseJoint, white: Whitened, regions: Tensor) -> Tensor:
     """(N,) what some regions (N, K), -1 for none, add to p(x): its log, relative to the noise's density at its mean."""
     there, index = regions >= 0, regions.clamp(min=0)
-    own = white._replace(slopes=white.slopes[index], offsets=white.offsets[index])
-    log_k, loc, tril = joint.pieces_of(own)
+    log_k, loc, tril = joint.pieces_of(white, index)
     L = loc.shape[-1]
     log_mass = integrals.log_mass(joint.cells[index.flatten()], loc.reshape(-1, L), tril.reshape(-1, L, L))
     log_joint = log_k + torch.where(there, log_mass.view(there.shape), -torch.inf)

@@ -19,6 +19,8 @@ from ..partition.cells import Cells, Polytopes
 from .missing import log_likelihood, observed_tril
 from .pruning import RegionTree
 
+_NUMBERS = 2**22  # of the maps that are factored at once
+
 __all__ = ["GaussianNoise", "GaussianPrior", "PiecewiseJoint", "Pieces", "Whitened"]
 
 
@@ -64,50 +66,74 @@ class Pieces(NamedTuple):
         return Pieces(self.log_k[rows, regions], self.loc[rows, regions], tril)
 
 
+class Maps(NamedTuple):
+    """Least-squares problems of the regions, factored: whitened images as functions of whitened latents u ~ N(0, I).
+
+    Attributes:
+        directions: (R, L, D') q, of which the slopes are combinations; orthonormal together with the rows of u itself.
+        offsets: (R, D').
+        inverse: (R, L, L) lower triangular: u is ``inverse`` times the projections on the directions.
+        shift: (R,) what log k has from the region alone.
+    """
+
+    directions: Tensor
+    offsets: Tensor
+    inverse: Tensor
+    shift: Tensor
+
+    @classmethod
+    def factored(cls, slopes: Tensor, offsets: Tensor) -> Maps:
+        """Of slopes (..., R, D', L) and offsets (..., R, D').
+
+        Modified Gram-Schmidt on the stacked matrix [A; I], last column first: with A'A, that is K'K = I + A'A, the
+        condition number would be squared, which small noise makes large (1e12 at a noise of 1e-6).
+        """
+        L = slopes.shape[-1]
+        eye = torch.eye(L, dtype=slopes.dtype, device=slopes.device)
+        columns = [
+            torch.cat([slopes[..., j], eye[j].expand(slopes.shape[:-2] + (L,))], dim=-1) for j in range(L)
+        ]
+        factor = slopes.new_zeros(slopes.shape[:-2] + (L, L))
+        for j in reversed(range(L)):
+            norm = torch.linalg.vector_norm(columns[j], dim=-1)
+            factor[..., j, j] = norm
+            columns[j] = columns[j] / norm[..., None]
+            for i in range(j):
+                projection = (columns[j] * columns[i]).sum(-1)
+                factor[..., j, i] = projection
+                columns[i] = columns[i] - projection[..., None] * columns[j]
+        directions = torch.stack([column[..., :-L] for column in columns], dim=-2)
+        inverse = torch.linalg.solve_triangular(factor, eye.expand(factor.shape), upper=False)
+        return cls(directions, offsets, inverse, -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1))
+
+    def of(self, regions: Tensor) -> Maps:
+        """Those of some regions (...,)."""
+        return Maps(*(field[regions] for field in self))
+
+
 class Whitened(NamedTuple):
-    """Noise-whitened least-squares problem of a batch: data (N, D'), maps (R, D', L) and (R, D') of the whitened
-    latent (or with a leading N), squared residual (N,) and log-determinant (N,) outside of the D' rows."""
+    """Noise-whitened least-squares problem of a batch: data (N, D'), squared residual (N,) and log-determinant (N,) outside
+    of the D' rows, and the maps: of the regions, or, with a leading N, of each datum's observed entries."""
 
     data: Tensor
-    slopes: Tensor
-    offsets: Tensor
     residual: Tensor
     log_det: Tensor
+    maps: Maps
 
 
-def _lower_factor(slopes: Tensor) -> Tensor:
-    """Lower-triangular K with K'K = I + A'A for A = slopes (..., D, L), without forming A'A.
-
-    Modified Gram-Schmidt on the stacked matrix [A; I], last column first: forming A'A would square the condition
-    number, which small noise makes large (1e12 at a noise of 1e-6).
-    """
-    L = slopes.shape[-1]
-    eye = torch.eye(L, dtype=slopes.dtype, device=slopes.device)
-    columns = [torch.cat([slopes[..., j], eye[j].expand(slopes.shape[:-2] + (L,))], dim=-1) for j in range(L)]
-    factor = slopes.new_zeros(slopes.shape[:-2] + (L, L))
-    for j in reversed(range(L)):
-        norm = torch.linalg.vector_norm(columns[j], dim=-1)
-        factor[..., j, j] = norm
-        unit = columns[j] / norm[..., None]
-        for i in range(j):
-            projection = (unit * columns[i]).sum(-1)
-            factor[..., j, i] = projection
-            columns[i] = columns[i] - projection[..., None] * unit
-    return factor
-
-
-def _solve(
-    w: Whitened, directions: Tensor, inverse: Tensor, shift: Tensor, prior: GaussianPrior
-) -> tuple[Tensor, Tensor]:
-    """log k (N, R) and means (N, R, L) of all pairs, compiled; ``shift`` (R,) is what log k has from the region."""
+def _solve(w: Whitened, regions: Tensor, prior: GaussianPrior) -> tuple[Tensor, Tensor]:
+    """log k (N, K) and means (N, K, L) of regions (K,), or of those of each datum (N, K), compiled."""
     from .pieces_compiled import solve
 
-    R, _, L = w.slopes.shape
-    N = len(w.data)
-    log_k, loc = w.data.new_empty(N, R), w.data.new_empty(N, R, L)
-    shared = (w.slopes.mT, w.offsets, directions.mT, inverse, shift, prior.loc, prior.scale_tril)
+    N, K, L = len(w.data), regions.shape[-1], w.maps.inverse.shape[-1]
+    log_k, loc = w.data.new_empty(N, K), w.data.new_empty(N, K, L)
+    shared = [array(field) for field in (*w.maps, prior.loc, prior.scale_tril)]
     split = array(w.data), array(-0.5 * w.residual - w.log_det), log_k.numpy(), loc.numpy()
-    in_blocks(solve, [array(field) for field in shared], [(part, 0) for part in split], N * R)
+    if regions.dim() == 1:
+        shared.append(array(regions[None]))
+        in_blocks(solve, shared, [(part, 0) for part in split], N * K)
+    else:
+        in_blocks(solve, shared, [(part, 0) for part in (array(regions), *split)], N * K)
     return log_k, loc
 
 
@@ -143,7 +169,7 @@ class PiecewiseJoint:
         self.regions = regions
         self.num_points = num_points
         self.tree: RegionTree | None = None  # made by ``parts`` where it pays
-        self._complete: tuple[Tensor, ...] | None = None
+        self._complete: tuple[Tensor, Tensor, Maps] | None = None
 
     @cached_property
     def cells(self) -> Cells:
@@ -170,11 +196,10 @@ class PiecewiseJoint:
 
     def only(self, regions: Tensor) -> PiecewiseJoint:
         """The same of some regions (P,), for complete data."""
-        basis, slopes, offsets, log_det = self.whitened_maps()
         part = PiecewiseJoint(
             self.partition, self.prior, self.noise, self.memory_budget, 0.0, regions, self.num_points
         )
-        part._complete = basis, slopes[regions], offsets[regions], log_det
+        part._complete = self.whitened_maps()
         return part
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
@@ -214,33 +239,31 @@ class PiecewiseJoint:
         missing = x.isnan()
         return self.pieces_of(self._whiten_incomplete(x, missing) if bool(missing.any()) else self.whiten(x))
 
-    def pieces_of(self, w: Whitened) -> Pieces:
-        """The Gaussian pieces of a whitened least-squares problem."""
-        x = w.data
-        factor = _lower_factor(w.slopes)
-        L = factor.shape[-1]
-        eye = torch.eye(L, dtype=x.dtype, device=x.device).expand(factor.shape)
-        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-        # Least squares through the orthonormal columns A K^-1; its rounding only enters log k squared, because
-        # the residual is evaluated at the solution rather than as a difference of squares.
-        directions = w.slopes @ inverse
-        shift = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        tril = self.prior.scale_tril
-        if directions.dim() == 3 and runs_compiled(x):
-            log_k, loc = _solve(w, directions, inverse, shift, self.prior)
-            return Pieces(log_k, loc, tril @ inverse)
-        distance = w.data[:, None] - w.offsets
-        if directions.dim() == 3:
-            projection = torch.einsum("nrd,rdl->nrl", distance, directions)
-            u = torch.einsum("rlk,nrk->nrl", inverse, projection)
-            distance = distance - torch.einsum("rdl,nrl->nrd", w.slopes, u)
-        else:
-            projection = (directions * distance[..., None]).sum(-2)
-            u = (inverse @ projection[..., None])[..., 0]
-            distance = distance - (w.slopes @ u[..., None])[..., 0]
+    def pieces_of(self, w: Whitened, regions: Tensor | None = None) -> Pieces:
+        """The Gaussian pieces of a whitened least-squares problem.
+
+        Args:
+            w: data and maps.
+            regions: (N, K) for each datum only these; by default those of this joint law.
+        """
+        tril, each = self.prior.scale_tril, w.maps.inverse.dim() > 3
+        if regions is None and not each:
+            regions = self.regions
+        if not each and runs_compiled(w.data):
+            every = torch.arange(len(w.maps.shift)) if regions is None else regions
+            log_k, loc = _solve(w, every, self.prior)
+            return Pieces(log_k, loc, tril @ (w.maps.inverse if regions is None else w.maps.inverse[regions]))
+        maps = w.maps if regions is None else w.maps.of(regions)
+        distance = w.data[:, None] - maps.offsets
+        of = "rld,nrd->nrl" if maps.inverse.dim() == 3 else "nrld,nrd->nrl"
+        projection = torch.einsum(of, maps.directions, distance)
+        u = torch.einsum(of, maps.inverse, projection)
+        # The residual is evaluated at the solution rather than as a difference of squares: rounding of the projections
+        # only enters it squared.
+        distance = distance - torch.einsum(of, maps.directions.mT, projection)
         square = w.residual[:, None] + distance.square().sum(-1) + u.square().sum(-1)
-        log_k = shift - w.log_det[:, None] - 0.5 * square
-        return Pieces(log_k, self.prior.loc + u @ tril.mT, tril @ inverse)
+        log_k = maps.shift - w.log_det[:, None] - 0.5 * square
+        return Pieces(log_k, self.prior.loc + u @ tril.mT, tril @ maps.inverse)
 
     def _latent_whitened(self, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Affine maps of u, where z = loc + scale_tril u and u ~ N(0, I)."""
@@ -254,30 +277,36 @@ class PiecewiseJoint:
 
     def whiten(self, x: Tensor) -> Whitened:
         """Project on the span of the last layer (all maps share it), so that work per pair is min(D, H + 1)."""
-        basis, slopes, offsets, log_det = self.whitened_maps()
+        basis, log_det, maps = self.whitened_maps()
         white = self._divide_by_noise(x.mT).mT
         if basis.shape[0] == basis.shape[1]:
-            return Whitened(white, slopes, offsets, white.new_zeros(len(x)), log_det.expand(len(x)))
+            return Whitened(white, white.new_zeros(len(x)), log_det.expand(len(x)), maps)
         data = white @ basis
         residual = (white - data @ basis.mT).square().sum(-1)
-        return Whitened(data, slopes, offsets, residual, log_det.expand(len(x)))
+        return Whitened(data, residual, log_det.expand(len(x)), maps)
 
-    def whitened_maps(self) -> tuple[Tensor, ...]:
-        """Basis (D, D') of the whitened images' span, maps (R, D', L), (R, D') of whitened latents, log-determinant."""
+    def whitened_maps(self) -> tuple[Tensor, Tensor, Maps]:
+        """Basis (D, D') of the whitened images' span, log-determinant, and the maps of all regions of the partition."""
         if self._complete is None:
-            part = self.partition
+            part, noise = self.partition, self.noise
             shared = torch.cat([part.output_weight, part.output_bias[:, None]], dim=1)
+            basis, coefficients = torch.eye(len(shared), dtype=shared.dtype, device=shared.device), None
             if shared.shape[0] > shared.shape[1]:
                 basis, coefficients = torch.linalg.qr(self._divide_by_noise(shared))
-                slopes = coefficients[:, :-1] @ part.feature_slopes
-                offsets = part.feature_offsets @ coefficients[:, :-1].mT + coefficients[:, -1]
-            else:
-                basis = torch.eye(shared.shape[0], dtype=shared.dtype, device=shared.device)
-                slopes = self._divide_by_noise(part.slopes)
-                offsets = self._divide_by_noise(part.offsets.mT).mT
-            scale = self.noise.scale if self.noise.is_diagonal else self.noise.scale.diagonal()
+            scale = noise.scale if noise.is_diagonal else noise.scale.diagonal()
             log_det = scale.log().sum() + 0.5 * math.log(2 * math.pi) * part.data_dim
-            self._complete = (basis, *self._latent_whitened(slopes, offsets), log_det)
+            found = []
+            for rows in torch.arange(part.num_regions, device=basis.device).split(
+                max(1, _NUMBERS // (len(basis) * (part.latent_dim + 1)))
+            ):
+                if coefficients is None:
+                    slopes, offsets = part.maps_of(rows)
+                    slopes, offsets = self._divide_by_noise(slopes), self._divide_by_noise(offsets.mT).mT
+                else:
+                    slopes = coefficients[:, :-1] @ part.feature_slopes[rows]
+                    offsets = part.feature_offsets[rows] @ coefficients[:, :-1].mT + coefficients[:, -1]
+                found.append(Maps.factored(*self._latent_whitened(slopes, offsets)))
+            self._complete = basis, log_det, Maps(*(torch.cat(field) for field in zip(*found, strict=True)))
         return self._complete
 
     def _whiten_incomplete(self, x: Tensor, missing: Tensor) -> Whitened:
@@ -289,23 +318,13 @@ class PiecewiseJoint:
         if self.noise.is_diagonal:
             weight = observed / self.noise.scale
             log_det = (observed * self.noise.scale.log()).sum(-1) + log_2pi
-            return Whitened(
-                data * weight,
-                slopes * weight[:, None, :, None],
-                offsets * weight[:, None],
-                log_2pi * 0,
-                log_det,
-            )
+            maps = Maps.factored(slopes * weight[:, None, :, None], offsets * weight[:, None])
+            return Whitened(data * weight, log_2pi * 0, log_det, maps)
         tril = observed_tril(self.noise.covariance_matrix, missing)
         R, D, L = slopes.shape
         columns = torch.cat([offsets.mT, slopes.permute(1, 0, 2).reshape(D, R * L)], dim=1)
         columns = torch.cat([data[..., None], observed[..., None] * columns], dim=-1)
         white = torch.linalg.solve_triangular(tril, columns, upper=False)
         log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + log_2pi
-        return Whitened(
-            white[..., 0],
-            white[..., 1 + R :].unflatten(-1, (R, L)).movedim(-2, 1),
-            white[..., 1 : 1 + R].mT,
-            log_2pi * 0,
-            log_det,
-        )
+        slopes, offsets = white[..., 1 + R :].unflatten(-1, (R, L)).movedim(-2, 1), white[..., 1 : 1 + R].mT
+        return Whitened(white[..., 0], log_2pi * 0, log_det, Maps.factored(slopes, offsets))
