@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many regions: what it costs to find them, and to leave out those that do not matter to a datum.
 
-    python benchmarks/regions.py                       # all three tables: about half an hour
+    python benchmarks/regions.py                       # all four tables: about half an hour
     python benchmarks/regions.py --only enumeration    # regions against time and memory, to a million
     python benchmarks/regions.py --only pruning        # trained decoders: all regions against those that matter
     python benchmarks/regions.py --only convolutional  # a convolutional decoder of images, exact test log p(x)
+    python benchmarks/regions.py --only share          # what part of a step of learning enumeration takes
     python benchmarks/regions.py --smoke               # seconds; figures mean nothing
 
 Decoders of digits (scikit-learn) and Fashion-MNIST (if it is there) are trained as variational autoencoders with Gaussian
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import resource
 import subprocess
 import sys
 import time
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 from pyro_cpa.datasets import Dataset, load_digits, load_fashion_mnist, minibatches
 from pyro_cpa.distributions import CPAMarginal
+from pyro_cpa.distributions.fisher import expected_statistics
 from pyro_cpa.distributions.parts import parts
 from pyro_cpa.errors import InvalidData
 from pyro_cpa.infer import AnalyticELBO
@@ -115,12 +118,14 @@ def standardised(data: Dataset) -> tuple[Tensor, Tensor]:
     return (train - mean) / spread, (test - mean) / spread
 
 
-def trained(x: Tensor, hidden: tuple[int, ...], steps: int, decoder: nn.Module | None = None) -> VAE:
-    """A variational autoencoder with two latents, its noise learned."""
+def trained(
+    x: Tensor, hidden: tuple[int, ...], steps: int, decoder: nn.Module | None = None, latent_dim: int = 2
+) -> VAE:
+    """A variational autoencoder, its noise learned."""
     pyro.clear_param_store()
     torch.manual_seed(0)
     noise = GaussianNoise(x.shape[1], "scalar", 0.7)
-    vae = VAE(x.shape[1], 2, hidden_dims=hidden, likelihood=noise, dropout=0.0)
+    vae = VAE(x.shape[1], latent_dim, hidden_dims=hidden, likelihood=noise, dropout=0.0)
     if decoder is not None:
         vae.decoder = decoder
     elbo = AnalyticELBO(max_plate_nesting=1)
@@ -193,7 +198,7 @@ def pruning(smoke: bool) -> Rows:
 
 
 def convolutional(smoke: bool) -> Rows:
-    """Transposed convolutions from 7 x 7 to 28 x 28 pixels (to 8 x 8 for the digits)."""
+    """Transposed convolutions from 7 x 7 to 28 x 28 pixels (to 8 x 8 for the digits): exact log p(x) of test images."""
     rows = []
     for name, data in pictures(smoke):
         train, test = standardised(data)
@@ -211,8 +216,8 @@ def convolutional(smoke: bool) -> Rows:
             nn.ConvTranspose2d(2, 1, 4, stride=2, padding=1),
             nn.Flatten(),
         )
-        vae = trained(train, (128,), 5 if smoke else 3000, decoder)
-        (partition, seconds) = timed(lambda vae=vae: enumerate_regions(vae.decoder, max_regions=2_000_000))
+        vae, training = timed(lambda x=train, net=decoder: trained(x, (128,), 5 if smoke else 3000, net))
+        partition, seconds = timed(lambda vae=vae: enumerate_regions(vae.decoder, max_regions=2_000_000))
         px, log_prob, evidence_seconds = evidence_with(partition, vae.likelihood.scale, test, 1e-12)
         elbo = AnalyticELBO(max_plate_nesting=1)
         with torch.no_grad():
@@ -220,13 +225,17 @@ def convolutional(smoke: bool) -> Rows:
         rows.append(
             {
                 "data": name,
+                "units": 24 + channels * side**2 + 2 * (2 * side) ** 2,
                 "regions": partition.num_regions,
+                "training rows": len(train),
+                "training CPU s": f"{training:.0f}",
                 "enumeration CPU s": f"{seconds:.1f}",
                 "test rows": len(test),
                 "exact test log p(x)": f"{log_prob.mean():.3f}",
                 "standard error": f"{log_prob.std() / math.sqrt(len(test)):.3f}",
                 "ELBO": f"{bound:.3f}",
-                "ms per datum": f"{1e3 * evidence_seconds / len(test):.2f}",
+                "log p(x) CPU s": f"{evidence_seconds:.1f}",
+                "peak GiB": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}",
                 "largest bound on the share left out": f"{px.omitted_share(test[:1000]).max():.1e}",
             }
         )
@@ -234,7 +243,61 @@ def convolutional(smoke: bool) -> Rows:
     return rows
 
 
-SECTIONS = {"enumeration": enumeration, "pruning": pruning, "convolutional": convolutional}
+def share(smoke: bool) -> Rows:
+    """What part of a step of learning enumeration takes: of a gradient of log p(x), and of an E-step."""
+    rows = []
+    exact_steps(decoder_of(1, 4, 3), torch.tensor(0.5), torch.randn(20, 3))  # compiles
+    for name, data in pictures(smoke):
+        train, _ = standardised(data)
+        x = train[: 100 if smoke else 1000]
+        for latent_dim, widths in (
+            ((1, (8,)),)
+            if smoke
+            else (
+                (1, (16, 16)),
+                (1, (64, 64)),
+                (2, (16, 16)),
+                (2, (64, 64)),
+                (2, (96, 96, 96)),
+                (2, (160, 160, 160)),
+            )
+        ):
+            vae = trained(
+                train[:10_000], tuple(reversed(widths)), 5 if smoke else 1000, latent_dim=latent_dim
+            )
+            regions, seconds, gradient, e_step = exact_steps(vae.decoder, vae.likelihood.scale, x)
+            rows.append(
+                {
+                    "data": name,
+                    "decoder": "-".join(map(str, (latent_dim, *widths, x.shape[1]))),
+                    "regions": regions,
+                    "rows": len(x),
+                    "enumeration CPU s": f"{seconds:.3f}",
+                    "gradient CPU s": f"{gradient:.3f}",
+                    "E-step CPU s": f"{e_step:.3f}",
+                    "faster without enumeration, gradient": f"{1 + seconds / gradient:.2f}",
+                    "faster without enumeration, E-step": f"{1 + seconds / e_step:.2f}",
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def exact_steps(decoder: nn.Module, scale: Tensor, x: Tensor) -> tuple[int, float, float, float]:
+    """Number of regions, and CPU seconds of enumeration, of a gradient and of an E-step after it; the least of three."""
+    found = []
+    for _ in range(3):
+        partition, enumeration = timed(lambda: enumerate_regions(decoder, max_regions=2_000_000))
+        # Each has to factor its maps and to make its search tree anew.
+        _, gradient = timed(lambda p=partition: CPAMarginal(p, scale.detach()).log_prob(x).sum().backward())
+        px = CPAMarginal(enumerate_regions(decoder, max_regions=2_000_000), scale.detach())
+        with torch.no_grad():
+            _, e_step = timed(lambda px=px: expected_statistics(px.joint, x))
+        found.append((enumeration, gradient, e_step))
+    return (partition.num_regions, *map(min, zip(*found, strict=True)))
+
+
+SECTIONS = {"enumeration": enumeration, "pruning": pruning, "convolutional": convolutional, "share": share}
 
 
 def main() -> None:

@@ -124,9 +124,9 @@ def _tree(joint: PiecewiseJoint) -> RegionTree:
     # The slopes are the directions, combined by the inverse of ``inverse``; and latents are loc + tril u.
     eye = torch.eye(L, dtype=loc.dtype, device=loc.device)
     factor = torch.linalg.solve_triangular(tril @ maps.inverse, eye.expand(R, L, L), upper=False)
-    slopes = maps.directions.mT @ factor
-    offsets = maps.offsets - torch.einsum("rdl,l->rd", slopes, loc)
-    return RegionTree(joint.cells, slopes, offsets, found.log_mass, found.mean)
+    columns = factor.mT @ maps.directions
+    offsets = maps.offsets - torch.einsum("l,rld->rd", loc, columns)
+    return RegionTree(joint.cells, columns, offsets, found.log_mass, found.mean)
 
 
 def _lower_bound(joint: PiecewiseJoint, white: Whitened, regions: Tensor) -> Tensor:

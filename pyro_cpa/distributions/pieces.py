@@ -82,27 +82,25 @@ class Maps(NamedTuple):
     shift: Tensor
 
     @classmethod
-    def factored(cls, slopes: Tensor, offsets: Tensor) -> Maps:
-        """Of slopes (..., R, D', L) and offsets (..., R, D').
+    def factored(cls, columns: Tensor, offsets: Tensor) -> Maps:
+        """Of maps with slopes' columns (..., R, L, D') and offsets (..., R, D').
 
         Modified Gram-Schmidt on the stacked matrix [A; I], last column first: with A'A, that is K'K = I + A'A, the
         condition number would be squared, which small noise makes large (1e12 at a noise of 1e-6).
         """
-        L = slopes.shape[-1]
-        eye = torch.eye(L, dtype=slopes.dtype, device=slopes.device)
-        columns = [
-            torch.cat([slopes[..., j], eye[j].expand(slopes.shape[:-2] + (L,))], dim=-1) for j in range(L)
-        ]
-        factor = slopes.new_zeros(slopes.shape[:-2] + (L, L))
+        L = columns.shape[-2]
+        eye = torch.eye(L, dtype=columns.dtype, device=columns.device)
+        q = list(torch.cat([columns, eye.expand(*columns.shape[:-1], L)], dim=-1).unbind(-2))
+        factor = columns.new_zeros(*columns.shape[:-2], L, L)
         for j in reversed(range(L)):
-            norm = torch.linalg.vector_norm(columns[j], dim=-1)
+            norm = torch.linalg.vector_norm(q[j], dim=-1)
             factor[..., j, j] = norm
-            columns[j] = columns[j] / norm[..., None]
+            q[j] = q[j] / norm[..., None]
             for i in range(j):
-                projection = (columns[j] * columns[i]).sum(-1)
+                projection = (q[j] * q[i]).sum(-1)
                 factor[..., j, i] = projection
-                columns[i] = columns[i] - projection[..., None] * columns[j]
-        directions = torch.stack([column[..., :-L] for column in columns], dim=-2)
+                q[i] = q[i] - projection[..., None] * q[j]
+        directions = torch.stack([column[..., :-L] for column in q], dim=-2)
         inverse = torch.linalg.solve_triangular(factor, eye.expand(factor.shape), upper=False)
         return cls(directions, offsets, inverse, -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1))
 
@@ -265,9 +263,10 @@ class PiecewiseJoint:
         log_k = maps.shift - w.log_det[:, None] - 0.5 * square
         return Pieces(log_k, self.prior.loc + u @ tril.mT, tril @ maps.inverse)
 
-    def _latent_whitened(self, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Affine maps of u, where z = loc + scale_tril u and u ~ N(0, I)."""
-        return slopes @ self.prior.scale_tril, offsets + slopes @ self.prior.loc
+    def _latent_whitened(self, columns: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Affine maps of u, where z = loc + scale_tril u and u ~ N(0, I); slopes as their columns (R, L, D)."""
+        loc, tril = self.prior
+        return torch.einsum("lk,rld->rkd", tril, columns), offsets + torch.einsum("l,rld->rd", loc, columns)
 
     def _divide_by_noise(self, columns: Tensor) -> Tensor:
         """Lx^-1 columns, for columns (..., D, C)."""
@@ -295,36 +294,42 @@ class PiecewiseJoint:
                 basis, coefficients = torch.linalg.qr(self._divide_by_noise(shared))
             scale = noise.scale if noise.is_diagonal else noise.scale.diagonal()
             log_det = scale.log().sum() + 0.5 * math.log(2 * math.pi) * part.data_dim
-            found = []
-            for rows in torch.arange(part.num_regions, device=basis.device).split(
-                max(1, _NUMBERS // (len(basis) * (part.latent_dim + 1)))
-            ):
+            R, L, D = part.num_regions, part.latent_dim, basis.shape[1]
+            like = basis.new_empty
+            maps = Maps(like(R, L, D), like(R, D), like(R, L, L), like(R))
+            for rows in torch.arange(R, device=basis.device).split(max(1, _NUMBERS // (D * (L + 1)))):
                 if coefficients is None:
                     slopes, offsets = part.maps_of(rows)
-                    slopes, offsets = self._divide_by_noise(slopes), self._divide_by_noise(offsets.mT).mT
+                    columns, offsets = (
+                        self._divide_by_noise(slopes).mT,
+                        self._divide_by_noise(offsets.mT).mT,
+                    )
                 else:
-                    slopes = coefficients[:, :-1] @ part.feature_slopes[rows]
+                    columns = part.feature_slopes[rows].mT @ coefficients[:, :-1].mT
                     offsets = part.feature_offsets[rows] @ coefficients[:, :-1].mT + coefficients[:, -1]
-                found.append(Maps.factored(*self._latent_whitened(slopes, offsets)))
-            self._complete = basis, log_det, Maps(*(torch.cat(field) for field in zip(*found, strict=True)))
+                for field, values in zip(
+                    maps, Maps.factored(*self._latent_whitened(columns, offsets)), strict=True
+                ):
+                    field[rows] = values
+            self._complete = basis, log_det, maps
         return self._complete
 
     def _whiten_incomplete(self, x: Tensor, missing: Tensor) -> Whitened:
         """Each datum keeps its own observed rows: the missing ones become zero rows of the problem."""
         observed = (~missing).to(x.dtype)
-        slopes, offsets = self._latent_whitened(self.slopes, self.offsets)
+        columns, offsets = self._latent_whitened(self.slopes.mT, self.offsets)
         data = torch.where(missing, 0.0, x)
         log_2pi = 0.5 * math.log(2 * math.pi) * observed.sum(-1)
         if self.noise.is_diagonal:
             weight = observed / self.noise.scale
             log_det = (observed * self.noise.scale.log()).sum(-1) + log_2pi
-            maps = Maps.factored(slopes * weight[:, None, :, None], offsets * weight[:, None])
+            maps = Maps.factored(columns * weight[:, None, None], offsets * weight[:, None])
             return Whitened(data * weight, log_2pi * 0, log_det, maps)
         tril = observed_tril(self.noise.covariance_matrix, missing)
-        R, D, L = slopes.shape
-        columns = torch.cat([offsets.mT, slopes.permute(1, 0, 2).reshape(D, R * L)], dim=1)
-        columns = torch.cat([data[..., None], observed[..., None] * columns], dim=-1)
-        white = torch.linalg.solve_triangular(tril, columns, upper=False)
+        R, L, D = columns.shape
+        every = torch.cat([offsets.mT, columns.permute(2, 0, 1).reshape(D, R * L)], dim=1)
+        every = torch.cat([data[..., None], observed[..., None] * every], dim=-1)
+        white = torch.linalg.solve_triangular(tril, every, upper=False)
         log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + log_2pi
-        slopes, offsets = white[..., 1 + R :].unflatten(-1, (R, L)).movedim(-2, 1), white[..., 1 : 1 + R].mT
-        return Whitened(white[..., 0], log_2pi * 0, log_det, Maps.factored(slopes, offsets))
+        columns, offsets = white[..., 1 + R :].mT.unflatten(1, (R, L)), white[..., 1 : 1 + R].mT
+        return Whitened(white[..., 0], log_2pi * 0, log_det, Maps.factored(columns, offsets))

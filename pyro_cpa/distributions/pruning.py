@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..integrals.compiled import array, in_blocks, runs_compiled
 from ..partition.cells import Cells
 
 __all__ = ["Candidates", "RegionTree"]
@@ -28,7 +29,6 @@ __all__ = ["Candidates", "RegionTree"]
 _LEAF = 8  # regions of the smallest groups
 _BEAM = 8  # groups per datum on the way to a lower bound
 _START = 64  # groups of the level at which a search begins
-_LEADING = 16  # coordinates looked at first
 _NUMBERS = 2**22  # of one temporary
 
 
@@ -45,26 +45,30 @@ class Candidates(NamedTuple):
 
 
 class _Boxes(NamedTuple):
-    """Boxes around groups, level by level: (2^level, D)."""
+    """Boxes around groups, level after level: (2^(depth + 1) - 1, D). Node i has the children 2i + 1 and 2i + 2."""
 
-    low: list[Tensor]
-    high: list[Tensor]
+    low: Tensor
+    high: Tensor
 
     @classmethod
     def of_leaves(cls, low: Tensor, high: Tensor, depth: int) -> _Boxes:
-        boxes = cls([low], [high])
+        lows, highs = [low], [high]
         for _ in range(depth):
-            boxes.low.insert(0, boxes.low[0].view(-1, 2, low.shape[1]).amin(1))
-            boxes.high.insert(0, boxes.high[0].view(-1, 2, low.shape[1]).amax(1))
-        return boxes
+            lows.insert(0, lows[0].view(-1, 2, low.shape[1]).amin(1))
+            highs.insert(0, highs[0].view(-1, 2, low.shape[1]).amax(1))
+        return cls(torch.cat(lows), torch.cat(highs))
 
-    def square(
-        self, data: Tensor, level: int, group: Tensor, first: int = 0, last: int | None = None
-    ) -> Tensor:
-        """Squared distances (...,) of data (..., D) from the boxes of groups (...,), in some coordinates."""
-        x = data[..., first:last]
-        low, high = self.low[level][:, first:last], self.high[level][:, first:last]
-        return torch.maximum(low[group] - x, x - high[group]).clamp(min=0.0).square().sum(-1)
+    def square(self, data: Tensor, node: Tensor) -> Tensor:
+        """Squared distances (N, B) of data (N, D) from the boxes of nodes (N, B)."""
+        if runs_compiled(data):
+            from .pruning_compiled import squares
+
+            found = data.new_empty(node.shape)
+            split = [(array(data), 0), (array(node), 0), (found.numpy(), 0)]
+            in_blocks(squares, [self.low.numpy(), self.high.numpy()], split, node.numel())
+            return found
+        x = data[:, None]
+        return torch.maximum(self.low[node] - x, x - self.high[node]).clamp(min=0.0).square().sum(-1)
 
 
 class RegionTree:
@@ -72,20 +76,22 @@ class RegionTree:
 
     Args:
         cells: the R cells.
-        slopes, offsets: (R, D, L) and (R, D), maps from latents to noise-whitened data.
+        columns, offsets: (R, L, D) and (R, D), maps from latents to noise-whitened data, slopes as their columns.
         log_mass, mean: (R,) and (R, L), the cells' log-probability and mean under the prior.
     """
 
-    def __init__(self, cells: Cells, slopes: Tensor, offsets: Tensor, log_mass: Tensor, mean: Tensor) -> None:
+    def __init__(
+        self, cells: Cells, columns: Tensor, offsets: Tensor, log_mass: Tensor, mean: Tensor
+    ) -> None:
         R, D = offsets.shape
         self.depth = max(0, math.ceil(math.log2(R / _LEAF)))
         order = _halved(mean, self.depth)
         self.leaves = order.view(2**self.depth, -1)
         """(G, K) regions of each leaf, -1 where there are fewer."""
-        images = (slopes @ mean[..., None])[..., 0] + offsets
+        images = torch.einsum("rl,rld->rd", mean, columns) + offsets
         self.rotation = _principal_axes(images, log_mass.exp())
         padded = torch.cat([log_mass, log_mass.new_full((1,), -torch.inf)])
-        self.boxes = _Boxes.of_leaves(*self._images(cells, slopes, offsets), self.depth)
+        self.boxes = _Boxes.of_leaves(*self._images(cells, columns, offsets), self.depth)
         # Where regions mostly are: these boxes bound nothing, but are finite.
         there, centre = (self.leaves >= 0)[..., None], (images @ self.rotation)[self.leaves]
         low, high = (
@@ -93,11 +99,12 @@ class RegionTree:
             torch.where(there, centre, -torch.inf).amax(1),
         )
         self._cores = _Boxes.of_leaves(low, high, self.depth)
-        self._log_mass = [padded[self.leaves].logsumexp(1)]
+        log_masses = [padded[self.leaves].logsumexp(1)]
         for _ in range(self.depth):
-            self._log_mass.insert(0, self._log_mass[0].view(-1, 2).logsumexp(1))
+            log_masses.insert(0, log_masses[0].view(-1, 2).logsumexp(1))
+        self._log_mass = torch.cat(log_masses)
 
-    def _images(self, cells: Cells, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def _images(self, cells: Cells, columns: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes (G, D) around the images of the leaves' regions, in the rotated coordinates."""
         G, K = self.leaves.shape
         D = offsets.shape[1]
@@ -107,7 +114,7 @@ class RegionTree:
             region = self.leaves[part].reshape(-1)
             there, region = (region >= 0)[:, None], region.clamp(min=0)
             generators = cells[region].generators().to(offsets.device)
-            maps, shift = self.rotation.mT @ slopes[region], offsets[region] @ self.rotation
+            maps, shift = columns[region] @ self.rotation, offsets[region] @ self.rotation
             least, most = _extent(generators, maps, shift)
             low[part] = torch.where(there, least, torch.inf).view(-1, K, D).amin(1)
             high[part] = torch.where(there, most, -torch.inf).view(-1, K, D).amax(1)
@@ -115,12 +122,12 @@ class RegionTree:
 
     def best_leaves(self, data: Tensor) -> Tensor:
         """(N, B) the leaves that a beam finds to matter most, best first, for rotated data (N, D)."""
-        group = torch.zeros(len(data), 1, dtype=torch.long, device=data.device)
-        for level in range(1, self.depth + 1):
-            group = (2 * group[..., None] + torch.arange(2, device=data.device)).flatten(1)
-            share = self._log_mass[level][group] - 0.5 * self._cores.square(data[:, None], level, group)
-            group = group.gather(1, share.argsort(1, descending=True)[:, :_BEAM])
-        return group
+        node = torch.zeros(len(data), 1, dtype=torch.long, device=data.device)
+        for _ in range(self.depth):
+            node = (2 * node[..., None] + torch.tensor([1, 2], device=data.device)).flatten(1)
+            share = self._log_mass[node] - 0.5 * self._cores.square(data, node)
+            node = node.gather(1, share.argsort(1, descending=True)[:, :_BEAM])
+        return node - (2**self.depth - 1)
 
     def search(self, data: Tensor, log_bound: Tensor, tolerance: float) -> Candidates:
         """The leaves that may matter.
@@ -131,49 +138,53 @@ class RegionTree:
             tolerance: share of p(x) that may be left out.
         """
         N, G = len(data), len(self.leaves)
-        kept = torch.zeros(N, G, dtype=torch.bool, device=data.device)
-        omitted = torch.zeros_like(log_bound)
         # Half of the tolerance is for groups that are too far whatever their probability, the other half is shared.
         far, rare = math.log(0.5 * tolerance), math.log(0.5 * tolerance / G)
+        # At which squared distance a group is left out, if p(x) is one.
+        limit = -2 * torch.maximum(self._log_mass.new_tensor(far), rare - self._log_mass)
+        kept = torch.zeros(N, G, dtype=torch.bool, device=data.device)
+        omitted = torch.zeros_like(log_bound)
+        if runs_compiled(data):
+            from .pruning_compiled import search
+
+            shared = [self.boxes.low.numpy(), self.boxes.high.numpy(), self._log_mass.numpy(), limit.numpy()]
+            split = [(part, 0) for part in (array(data), array(log_bound), kept.numpy(), omitted.numpy())]
+            in_blocks(search, shared, split, N * _START)
+            return Candidates(kept, omitted)
         level = min(self.depth, round(math.log2(_START)))
-        rows = torch.arange(N, device=data.device).repeat_interleave(2**level)
-        group = torch.arange(2**level, device=data.device).repeat(N)
+        row = torch.arange(N, device=data.device).repeat_interleave(2**level)
+        node = torch.arange(2**level, device=data.device).repeat(N) + 2**level - 1
         while True:
             survivors = []
-            for row, g in zip(rows.split(_NUMBERS // 64), group.split(_NUMBERS // 64), strict=True):
-                square = torch.zeros_like(data[row, 0])
-                for first, last in ((0, _LEADING), (_LEADING, None)):
-                    square = square + self.boxes.square(data[row], level, g, first, last)
-                    log_share = -0.5 * square - log_bound[row]
-                    weighted = log_share + self._log_mass[level][g]
-                    out = (log_share <= far) | (weighted <= rare)
-                    omitted.index_add_(0, row[out], weighted[out].exp())
-                    row, g, square = row[~out], g[~out], square[~out]
-                survivors.append((row, g))
-            rows, group = (torch.cat(part) for part in zip(*survivors, strict=True))
+            for rows, nodes in zip(row.split(_NUMBERS // 64), node.split(_NUMBERS // 64), strict=True):
+                square = self.boxes.square(data[rows], nodes[:, None])[:, 0] + 2 * log_bound[rows]
+                out = square >= limit[nodes]
+                omitted.index_add_(0, rows[out], (self._log_mass[nodes[out]] - 0.5 * square[out]).exp())
+                survivors.append((rows[~out], nodes[~out]))
+            row, node = (torch.cat(part) for part in zip(*survivors, strict=True))
             if level == self.depth:
                 break
             level += 1
-            rows = rows.repeat_interleave(2)
-            group = (2 * group[:, None] + torch.arange(2, device=group.device)).flatten()
-        kept[rows, group] = True
+            row = row.repeat_interleave(2)
+            node = (2 * node[:, None] + torch.tensor([1, 2], device=data.device)).flatten()
+        kept[row, node - (2**self.depth - 1)] = True
         return Candidates(kept, omitted)
 
 
 def _extent(generators: Tensor, maps: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest coordinates (P, D) of the images of cells (P, C, L + 1) under affine maps (P, D, L), (P, D)."""
+    """Least and greatest coordinates (P, D) of the images of cells (P, C, L + 1) under affine maps (P, L, D), (P, D)."""
     directions, weight = generators[..., :-1], generators[..., -1:]
     is_point = weight > 0
     points = directions / torch.where(is_point, weight, 1.0)
     first = is_point[..., 0].int().argmax(1)
     anchor = points[torch.arange(len(points), device=points.device), first][:, None]
-    images = torch.baddbmm(shift[:, None], torch.where(is_point, points, anchor), maps.mT)
+    images = torch.baddbmm(shift[:, None], torch.where(is_point, points, anchor), maps)
     least, most = images.amin(1), images.amax(1)
     is_ray = ~is_point & (directions != 0).any(-1, keepdim=True)
     endless = is_ray.any(1)[:, 0].nonzero()[:, 0]
     if len(endless):
         # Along the image of a ray a region has no end.
-        images = torch.where(is_ray, directions, 0.0)[endless] @ maps[endless].mT
+        images = torch.where(is_ray, directions, 0.0)[endless] @ maps[endless]
         least[endless] = torch.where((images < 0).any(1), -torch.inf, least[endless])
         most[endless] = torch.where((images > 0).any(1), torch.inf, most[endless])
     return least, most

@@ -111,7 +111,7 @@ class Partition:
     @cached_property
     def slopes(self) -> Tensor:
         """(R, D, L) A_r, detached, as the parameters were at enumeration."""
-        return self.output_weight @ self.feature_slopes if self._shared else self.feature_slopes
+        return _through(self.output_weight, self.feature_slopes) if self._shared else self.feature_slopes
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -125,7 +125,7 @@ class Partition:
         slopes, offsets = self.feature_slopes[regions], self.feature_offsets[regions]
         if not self._shared:
             return slopes, offsets
-        return self.output_weight @ slopes, offsets @ self.output_weight.mT + self.output_bias
+        return _through(self.output_weight, slopes), offsets @ self.output_weight.mT + self.output_bias
 
     @cached_property
     def _features(self) -> tuple[Tensor, Tensor]:
@@ -171,9 +171,9 @@ class Partition:
         layers = self.network.layers() if layers is None else layers
         values, shared = self._features_of(layers)
         slopes, offsets = self._maps(layers, *values)
-        return (
-            (slopes, offsets) if shared is None else (shared[0] @ slopes, offsets @ shared[0].mT + shared[1])
-        )
+        if shared is None:
+            return slopes, offsets
+        return _through(shared[0], slopes), offsets @ shared[0].mT + shared[1]
 
     def linear_inputs(self, index: int) -> tuple[Tensor, Tensor]:
         """Slopes (R, H_in, L) and offsets (R, H_in) of the input of linear layer ``index``, at present values."""
@@ -210,14 +210,22 @@ class Partition:
         chunks = self._chunks((self.latent_dim + 1) * graph.numbers(*values, kept=keeps))
         if len(chunks) == 1 or not graph.has_units(*values):
             maps = push(*self.patterns).expand(self.num_regions, -1, -1)
-        else:
+        elif keeps:
             parts = [tuple(pattern[rows] for pattern in self.patterns) for rows in chunks]
             maps = torch.cat(
                 [checkpoint(push, *p, use_reentrant=False, preserve_rng_state=False) for p in parts]
-                if keeps
-                else [push(*p) for p in parts]
             )
+        else:
+            width = sum(graph.widths[value] for value in values)
+            maps = basis[0].new_empty(self.num_regions, self.latent_dim + 1, width)
+            for rows in chunks:
+                maps[rows] = push(*(pattern[rows] for pattern in self.patterns))
         return maps[:, :-1].mT, maps[:, -1]
+
+
+def _through(weight: Tensor, slopes: Tensor) -> Tensor:
+    """Slopes (R, D, L) from those of the features (R, H, L), by one product of matrices rather than one a region."""
+    return (slopes.mT @ weight.mT).mT
 
 
 def enumerate_regions(

@@ -7,7 +7,7 @@ import torch
 from decoders import mlp
 from torch import nn
 
-from pyro_cpa.distributions import CPAMarginal, parts, posterior
+from pyro_cpa.distributions import CPAMarginal, parts, posterior, pruning
 from pyro_cpa.distributions.fisher import expected_statistics
 from pyro_cpa.errors import InvalidData
 from pyro_cpa.partition import enumerate_regions
@@ -85,7 +85,8 @@ def test_posteriors_are_the_same(name):
     full, pruned = every.posterior(x), some.posterior(x)
     for field in ("log_evidence", "region_probs", "mean", "covariance_matrix", "mode"):
         torch.testing.assert_close(getattr(pruned, field), getattr(full, field), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(pruned.entropy(), full.entropy(), rtol=1e-9, atol=1e-9)
+    # Far out the last bit of a Gaussian's mean counts for many of its deviations.
+    torch.testing.assert_close(pruned.entropy(), full.entropy(), rtol=1e-8, atol=1e-8)
     if name != "L=3":
         torch.testing.assert_close(
             pruned.quantiles([0.1, 0.7]), full.quantiles([0.1, 0.7]), rtol=1e-8, atol=1e-8
@@ -146,9 +147,25 @@ def test_boxes_hold_the_images(name):
     image = some.joint.whiten(some.joint.decode(z)).data @ tree.rotation
     group = where[some.partition.locate(z)]
     for level in range(tree.depth, -1, -1):
-        square = tree.boxes.square(image, level, group)
+        square = tree.boxes.square(image, 2**level - 1 + group[:, None])[:, 0]
         assert (square <= 1e-20 * (1 + image.square().sum(1))).all()
         group = group // 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_search_keeps_the_same(name, monkeypatch):
+    _, some, x = pair(name)
+    some.log_prob(x.repeat(2, 1))
+    tree, bound = some.joint.tree, -0.5 * torch.rand(len(x)) * 30
+    data = some.joint.whiten(x).data @ tree.rotation
+    found = []
+    for compiled in (pruning.runs_compiled, lambda like: False):
+        monkeypatch.setattr(pruning, "runs_compiled", compiled)
+        found.append((tree.best_leaves(data), *tree.search(data, bound, 1e-12)))
+    (leaves, kept, omitted), (plain_leaves, plain_kept, plain_omitted) = found
+    assert torch.equal(leaves, plain_leaves) and torch.equal(kept, plain_kept)
+    # A sum of squares that reaches the limit is not completed when compiled.
+    assert (plain_omitted <= omitted * (1 + 1e-12)).all() and (omitted <= 1e-12).all()
 
 
 def test_strips_without_corners():
