@@ -126,21 +126,29 @@ def accumulate(
     probs = posterior.log_probs.exp()
     if weights is not None:
         probs = probs * weights[:, None]
-    first = with_one(posterior.mean)
-    second = first[..., :, None] * first[..., None, :]
-    second[..., :-1, :-1] += posterior.covariance
-    first, second = probs[..., None] * first, probs[..., None, None] * second
-    missing = x.isnan()
-    if not bool(missing.any()):
-        xz = torch.einsum("nrj,nd->rdj", first, x)
+    mean = probs[..., None] * posterior.mean
+    first = torch.cat([mean, probs[..., None]], dim=-1)
+    scatter = mean[..., :, None] * posterior.mean[..., None, :]
+    scatter = scatter.addcmul_(probs[..., None, None], posterior.covariance)
+    if not bool(x.isnan().any()):
+        sums = (first.flatten(1).mT @ with_one(x)).unflatten(0, first.shape[1:])
         weighted = x if weights is None else x * weights[:, None]
         xx = (weighted * x).sum(0) if joint.noise.is_diagonal else weighted.mT @ x
-        return SufficientStatistics(second.sum(0), xz, xx)
+        return SufficientStatistics(
+            _second_moments(scatter.sum(0), sums[..., -1]), sums[..., :-1].mT.contiguous(), xx
+        )
+    second = _second_moments(scatter, first)
     maps = torch.cat([joint.slopes, joint.offsets[..., None]], dim=-1)
     count = torch.ones_like(x[:, 0]) if weights is None else weights
     complete = _complete_diagonal if joint.noise.is_diagonal else _complete_full
     xz, xx = complete(joint, x, maps, first, second, count)
     return SufficientStatistics(second.sum(0), xz, xx)
+
+
+def _second_moments(scatter: Tensor, first: Tensor) -> Tensor:
+    """(..., L + 1, L + 1) moments of z~ = (z, 1) from E[z z'] (..., L, L) and E[z~] (..., L + 1)."""
+    top = torch.cat([scatter, first[..., :-1, None]], dim=-1)
+    return torch.cat([top, first[..., None, :]], dim=-2)
 
 
 def _complete_diagonal(
