@@ -130,9 +130,9 @@ def by_miwae(train: np.ndarray, test: np.ndarray, seed: int, smoke: bool) -> Com
     model = MIWAE(train.shape[1]).float()
     loss = ImportanceWeightedELBO(20, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 3e-3}), loss)
-    # A tenth of the training rows decides when to stop.
+    # A tenth of the training rows decides when to stop: where it has gained nothing for 300 steps.
     held = x[: len(x) // 10]
-    best, state = np.inf, None
+    best, best_step, state = np.inf, 0, None
     source = batches(x[len(held) :], size=256, seed=seed, steps=0)
     with pyro.validation_enabled(False):
         for step in range(5 if smoke else 1500):
@@ -140,7 +140,10 @@ def by_miwae(train: np.ndarray, test: np.ndarray, seed: int, smoke: bool) -> Com
             if step % 50 == 0:
                 held_loss = svi.evaluate_loss(held)
                 if held_loss < best:
-                    best, state = held_loss, {k: v.clone() for k, v in model.state_dict().items()}
+                    best, best_step = held_loss, step
+                    state = {k: v.clone() for k, v in model.state_dict().items()}
+                if step >= best_step + 300:
+                    break
     model.load_state_dict(state)
     particles = 50 if smoke else 1000
     with torch.no_grad():
