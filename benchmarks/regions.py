@@ -156,11 +156,15 @@ def evidence_with(
     return px, log_prob, seconds
 
 
+def compile_all() -> None:
+    """What is compiled on first use is compiled now."""
+    exact_steps(decoder_of(2, 64, 64, 3), torch.tensor(0.1), torch.randn(20, 3))
+
+
 def pruning(smoke: bool) -> Rows:
     """All regions against those that matter, on decoders of growing width trained on images."""
     rows = []
-    # What is compiled on first use is compiled now.
-    CPAMarginal(decoder_of(2, 64, 64, 3), 0.1).log_prob(torch.randn(20, 3))
+    compile_all()
     for name, data in pictures(smoke):
         train, test = standardised(data)
         train, test = train[: 200 if smoke else 10_000], test[: 40 if smoke else 1000]
@@ -200,6 +204,7 @@ def pruning(smoke: bool) -> Rows:
 def convolutional(smoke: bool) -> Rows:
     """Transposed convolutions from 7 x 7 to 28 x 28 pixels (to 8 x 8 for the digits): exact log p(x) of test images."""
     rows = []
+    compile_all()
     for name, data in pictures(smoke):
         train, test = standardised(data)
         train, test = train[: 200 if smoke else 10_000], test[: 40 if smoke else 10_000]
@@ -246,7 +251,8 @@ def convolutional(smoke: bool) -> Rows:
 def share(smoke: bool) -> Rows:
     """What part of a step of learning enumeration takes: of a gradient of log p(x), and of an E-step."""
     rows = []
-    exact_steps(decoder_of(1, 4, 3), torch.tensor(0.5), torch.randn(20, 3))  # compiles
+    compile_all()
+    exact_steps(decoder_of(1, 4, 3), torch.tensor(0.5), torch.randn(20, 3))
     for name, data in pictures(smoke):
         train, _ = standardised(data)
         x = train[: 100 if smoke else 1000]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import optimize
@@ -72,7 +73,7 @@ def test_affine_decoder_is_least_squares(L):
     torch.testing.assert_close(distance, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("L", [1, 2])
+@pytest.mark.parametrize("L", [1, 2, 3, 4])
 def test_points_of_the_manifold_have_distance_zero(L):
     net = decoder(L)
     x = net(torch.randn(50, L)).detach()
@@ -89,3 +90,66 @@ def test_flat_pieces():
         net[2].weight.zero_()
     distance, _ = manifold_distance(CPAMarginal(net, 1.0), x)
     torch.testing.assert_close(distance, (x - net[2].bias).norm(dim=-1).detach(), rtol=1e-9, atol=1e-9)
+
+
+def nearest_by_programs(px, x):
+    """The least of all regions' quadratic programs, each solved by SLSQP from a point of the cell."""
+    part, cells = px.partition, px.partition.cells
+    normals, offsets, starts = cells.normals.numpy(), cells.offsets.numpy(), cells.interior_points().numpy()
+    found = []
+    for row in x.numpy():
+        seen = ~np.isnan(row)
+        least = np.inf
+        for r in range(part.num_regions):
+            A, b = part.slopes[r].numpy()[seen], part.offsets[r].numpy()[seen]
+            real = np.isfinite(offsets[r])
+            C, d = normals[r][real], offsets[r][real]
+
+            def square(z, A=A, shift=b - row[seen]):
+                return (A @ z + shift) @ (A @ z + shift)
+
+            def slope(z, A=A, shift=b - row[seen]):
+                return 2 * A.T @ (A @ z + shift)
+
+            def room(z, C=C, d=d):
+                return d - C @ z
+
+            solved = optimize.minimize(
+                square,
+                starts[r],
+                jac=slope,
+                constraints={"type": "ineq", "fun": room, "jac": lambda z, C=C: -C},
+                method="SLSQP",
+                options={"ftol": 1e-14, "maxiter": 200},
+            )
+            if (C @ solved.x <= d + 1e-9).all():
+                least = min(least, solved.fun)
+        found.append(math.sqrt(max(least, 0.0)))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(("L", "units"), [(3, 5), (4, 5)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_polytopes_against_quadratic_programs(L, units, flat):
+    """Also with decoders of fewer outputs than latents, of which every piece is flat in some direction."""
+    outputs = 2 if flat else 6
+    net = nn.Sequential(nn.Linear(L, units), nn.ReLU(), nn.Linear(units, outputs))
+    x = 3 * torch.randn(6, outputs)
+    x[1, 0] = math.nan
+    px = CPAMarginal(net, 1.0)
+    distance, latent = manifold_distance(px, x)
+    torch.testing.assert_close(distance, nearest_by_programs(px, x), rtol=1e-6, atol=1e-6)
+    residual = torch.where(x.isnan(), 0.0, x - net(latent).detach())
+    torch.testing.assert_close(distance, residual.norm(dim=-1), rtol=1e-9, atol=1e-9)
+
+
+def test_flat_polytopes():
+    """Three latents of which a decoder sees two on one side of a wall, and one on the other."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, D))
+    x = torch.randn(8, D)
+    x[0] = math.nan
+    px = CPAMarginal(net, 1.0)
+    distance, latent = manifold_distance(px, x)
+    residual = torch.where(x.isnan(), 0.0, x - net(latent).detach())
+    torch.testing.assert_close(distance, residual.norm(dim=-1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(distance, nearest_by_programs(px, x), rtol=1e-6, atol=1e-6)
