@@ -166,6 +166,17 @@ class TestLatent:
         ax = plot_latent_map(means, torch.rand(25), label_name="weight (kg)")
         assert ax.figure.axes[1].get_ylabel() == "weight (kg)"
 
+    def test_two_coordinates_of_many(self):
+        means = torch.randn(25, 5)
+        ax = plot_latent_map(means, coordinates=(3, 1))
+        assert np.allclose(ax.collections[0].get_offsets(), means[:, [3, 1]])
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("latent $z_4$", "latent $z_2$")
+        with pytest.raises(InvalidData, match="latent dimension 5: expected 1 or 2.*coordinates=\\(0, 1\\)"):
+            plot_latent_map(means)
+        for coordinates in ((0, 5), (2, 2), (-1, 0)):
+            with pytest.raises(InvalidData, match="two different numbers from 0 to 4"):
+                plot_latent_map(means, coordinates=coordinates)
+
     def test_over_a_partition_the_window_stays(self):
         ax = plot_partition(enumerate_regions(relu_net(2, 3, 3)), bounds=(-2.0, 2.0))
         plot_latent_map(10 * torch.randn(9, 2), ax=ax)

@@ -63,7 +63,7 @@ def check_latent_dim(latent_dim: int, what: str) -> None:
     if latent_dim not in (1, 2):
         raise InvalidData(
             f"{what} has latent dimension {latent_dim}: expected 1 or 2, which a picture can show whole. "
-            "Plot a decoder of one or two of its coordinates."
+            "plot_latent_map(means, coordinates=(0, 1)) shows two coordinates of the posterior means of any decoder."
         )
 
 

@@ -30,22 +30,24 @@ def plot_latent_map(
     labels: Tensor | Sequence[Any] | None = None,
     *,
     label_name: str = "class",
+    coordinates: tuple[int, int] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Scatter the data over latent space at their posterior means, by colour and mark of their class.
 
     Args:
-        means: (N, L) posterior means, L = 1 (data spread vertically, by class) or 2.
+        means: (N, L) posterior means, L = 1 (data spread vertically, by class) or 2; more with ``coordinates``.
         labels: (N,) classes, at most 20 different ones, or real numbers, which get a colour bar; None for one
             colour.
         label_name: title of the legend or colour bar.
+        coordinates: which two of the L latent coordinates to show, counted from 0; needed where L > 2.
         ax: axes to draw on; new ones by default. Drawn over a partition, the window stays the partition's.
 
     Returns:
         The axes, with the legend to their right.
 
     Raises:
-        InvalidData: means of another shape, or not one label for each.
+        InvalidData: means of another shape, coordinates that they do not have, or not one label for each.
         CPAError: matplotlib is not installed.
 
     Example:
@@ -54,8 +56,9 @@ def plot_latent_map(
     """
     if means.dim() != 2:
         raise InvalidData(f"means has shape {tuple(means.shape)}: expected (N, L)")
+    shown = _coordinates(coordinates, means.shape[1])
+    means = means[:, shown]
     N, L = means.shape
-    check_latent_dim(L, "means")
     names = np.zeros(N, dtype=int) if labels is None else np.asarray(labels)
     if names.shape != (N,):
         raise InvalidData(f"labels has shape {names.shape}: expected one for each of the {N} data, ({N},)")
@@ -75,7 +78,21 @@ def plot_latent_map(
         ax.set(xlabel=latent_name(0, 1), yticks=[])
     else:
         frame_latent(ax, limits or tuple(_with_margin(z[:, i]) for i in range(L)))
+        ax.set(xlabel=latent_name(shown[0], 2), ylabel=latent_name(shown[1], 2))
     return ax
+
+
+def _coordinates(given: tuple[int, int] | None, latent_dim: int) -> list[int]:
+    """The coordinates to show."""
+    if given is None:
+        check_latent_dim(latent_dim, "means")
+        return list(range(latent_dim))
+    if len(given) != 2 or given[0] == given[1] or not all(0 <= i < latent_dim for i in given):
+        raise InvalidData(
+            f"coordinates is {given}: expected two different numbers from 0 to {latent_dim - 1}, as the means have "
+            f"{latent_dim} latent coordinates"
+        )
+    return list(given)
 
 
 def plot_generated(
