@@ -124,9 +124,12 @@ def _tree(joint: PiecewiseJoint) -> RegionTree:
     # The slopes are the directions, combined by the inverse of ``inverse``; and latents are loc + tril u.
     eye = torch.eye(L, dtype=loc.dtype, device=loc.device)
     factor = torch.linalg.solve_triangular(tril @ maps.inverse, eye.expand(R, L, L), upper=False)
-    columns = factor.mT @ maps.directions
-    offsets = maps.offsets - torch.einsum("l,rld->rd", loc, columns)
-    return RegionTree(joint.cells, columns, offsets, found.log_mass, found.mean)
+
+    def images(regions: Tensor) -> tuple[Tensor, Tensor]:
+        columns = factor[regions].mT @ maps.directions[regions]
+        return columns, maps.offsets[regions] - torch.einsum("l,rld->rd", loc, columns)
+
+    return RegionTree(joint.cells, images, found.log_mass, found.mean)
 
 
 def _lower_bound(joint: PiecewiseJoint, white: Whitened, regions: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ at; those left out add less than ``tolerance`` times p(x) together, for which an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ _LEAF = 8  # regions of the smallest groups
 _BEAM = 8  # groups per datum on the way to a lower bound
 _START = 64  # groups of the level at which a search begins
 _NUMBERS = 2**22  # of one temporary
+_REGIONS = 4096  # looked at at once
+
+Maps = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Candidates(NamedTuple):
@@ -76,49 +80,45 @@ class RegionTree:
 
     Args:
         cells: the R cells.
-        columns, offsets: (R, L, D) and (R, D), maps from latents to noise-whitened data, slopes as their columns.
+        maps: of regions (P,), from latents to noise-whitened data: columns (P, L, D) of the slopes, and offsets (P, D).
         log_mass, mean: (R,) and (R, L), the cells' log-probability and mean under the prior.
     """
 
-    def __init__(
-        self, cells: Cells, columns: Tensor, offsets: Tensor, log_mass: Tensor, mean: Tensor
-    ) -> None:
-        R, D = offsets.shape
-        self.depth = max(0, math.ceil(math.log2(R / _LEAF)))
+    def __init__(self, cells: Cells, maps: Maps, log_mass: Tensor, mean: Tensor) -> None:
+        self.depth = max(0, math.ceil(math.log2(len(mean) / _LEAF)))
         order = _halved(mean, self.depth)
         self.leaves = order.view(2**self.depth, -1)
         """(G, K) regions of each leaf, -1 where there are fewer."""
-        images = torch.einsum("rl,rld->rd", mean, columns) + offsets
-        self.rotation = _principal_axes(images, log_mass.exp())
+        self.rotation = _principal_axes(maps, mean, log_mass.exp())
         padded = torch.cat([log_mass, log_mass.new_full((1,), -torch.inf)])
-        self.boxes = _Boxes.of_leaves(*self._images(cells, columns, offsets), self.depth)
+        boxes, cores = self._boxes(cells, maps, mean)
+        self.boxes = _Boxes.of_leaves(*boxes, self.depth)
         # Where regions mostly are: these boxes bound nothing, but are finite.
-        there, centre = (self.leaves >= 0)[..., None], (images @ self.rotation)[self.leaves]
-        low, high = (
-            torch.where(there, centre, torch.inf).amin(1),
-            torch.where(there, centre, -torch.inf).amax(1),
-        )
-        self._cores = _Boxes.of_leaves(low, high, self.depth)
+        self._cores = _Boxes.of_leaves(*cores, self.depth)
         log_masses = [padded[self.leaves].logsumexp(1)]
         for _ in range(self.depth):
             log_masses.insert(0, log_masses[0].view(-1, 2).logsumexp(1))
         self._log_mass = torch.cat(log_masses)
 
-    def _images(self, cells: Cells, columns: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes (G, D) around the images of the leaves' regions, in the rotated coordinates."""
-        G, K = self.leaves.shape
-        D = offsets.shape[1]
-        low, high = offsets.new_empty(G, D), offsets.new_empty(G, D)
-        corners = cells[torch.zeros(1, dtype=torch.long, device=offsets.device)].generators().shape[1]
-        for part in torch.arange(G, device=offsets.device).split(max(1, _NUMBERS // (K * corners * D))):
+    def _boxes(
+        self, cells: Cells, maps: Maps, mean: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Boxes (G, D) around the images of the leaves' regions, and around those of their means; in rotated coordinates."""
+        (G, K), D = self.leaves.shape, len(self.rotation)
+        low, high, core_low, core_high = mean.new_empty(4, G, D)
+        corners = cells[torch.zeros(1, dtype=torch.long, device=mean.device)].generators().shape[1]
+        for part in torch.arange(G, device=mean.device).split(max(1, _NUMBERS // (K * corners * D))):
             region = self.leaves[part].reshape(-1)
             there, region = (region >= 0)[:, None], region.clamp(min=0)
-            generators = cells[region].generators().to(offsets.device)
-            maps, shift = columns[region] @ self.rotation, offsets[region] @ self.rotation
-            least, most = _extent(generators, maps, shift)
-            low[part] = torch.where(there, least, torch.inf).view(-1, K, D).amin(1)
-            high[part] = torch.where(there, most, -torch.inf).view(-1, K, D).amax(1)
-        return low, high
+            generators = cells[region].generators().to(mean.device)
+            columns, shift = (field @ self.rotation for field in maps(region))
+            least, most = _extent(generators, columns, shift)
+            centre = shift + torch.einsum("rl,rld->rd", mean[region], columns)
+            for ends, values in ((low, least), (core_low, centre)):
+                ends[part] = torch.where(there, values, torch.inf).view(-1, K, D).amin(1)
+            for ends, values in ((high, most), (core_high, centre)):
+                ends[part] = torch.where(there, values, -torch.inf).view(-1, K, D).amax(1)
+        return (low, high), (core_low, core_high)
 
     def best_leaves(self, data: Tensor) -> Tensor:
         """(N, B) the leaves that a beam finds to matter most, best first, for rotated data (N, D)."""
@@ -208,9 +208,15 @@ def _halved(points: Tensor, depth: int) -> Tensor:
     return order.reshape(-1)
 
 
-def _principal_axes(images: Tensor, weights: Tensor) -> Tensor:
-    """(D, D) orthonormal columns, the direction of greatest spread of the weighted images (R, D) first."""
+def _principal_axes(maps: Maps, mean: Tensor, weights: Tensor) -> Tensor:
+    """(D, D) orthonormal columns, the direction of greatest spread of the regions' images of their weighted means first."""
     weights = weights / weights.sum()
-    centred = images - weights @ images
-    scatter = (centred * weights[:, None]).mT @ centred
-    return torch.linalg.eigh(scatter).eigenvectors.flip(1)
+    # Any orthonormal columns will do: spread about the most probable region, less what its place adds, is near enough.
+    anchor = maps(weights.argmax()[None])[1][0]
+    total, scatter = torch.zeros_like(anchor), anchor.new_zeros(len(anchor), len(anchor))
+    for part in torch.arange(len(mean), device=mean.device).split(_REGIONS):
+        columns, shift = maps(part)
+        centred = shift - anchor + torch.einsum("rl,rld->rd", mean[part], columns)
+        weighted = centred * weights[part, None]
+        total, scatter = total + weighted.sum(0), scatter + weighted.mT @ centred
+    return torch.linalg.eigh(scatter - torch.outer(total, total)).eigenvectors.flip(1)
