@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_cpa.integrals.compiled import array, in_blocks, runs_compiled
 from pyro_cpa.integrals.dispatch import log_mass, moments, sample
 from pyro_cpa.integrals.polytope_frame import WINDOW, Frame
 from pyro_cpa.partition.cells import Polygons
@@ -35,6 +36,8 @@ class _Slices(NamedTuple):
 
 def _slices(frame: Frame, pair: Tensor, tau: Tensor) -> _Slices:
     """Slices at ``tau`` (Q,) of the cells ``pair`` (Q,) of a frame."""
+    if runs_compiled(tau):
+        return _compiled(frame, pair, tau)
     every = torch.arange(len(pair), device=pair.device)
     pivot = frame.pivot[pair]
     across, along, slack = frame.across[pair], frame.along[pair], frame.slack[pair]
@@ -66,6 +69,35 @@ def _slices(frame: Frame, pair: Tensor, tau: Tensor) -> _Slices:
     offsets, line = offsets.gather(1, order), line.gather(1, order)
     polygons = _polygons(normals, offsets, line)
     return _Slices(polygons, origin, empty | (line.any(1) & ~_closed(polygons)))
+
+
+def _compiled(frame: Frame, pair: Tensor, tau: Tensor) -> _Slices:
+    from pyro_cpa.integrals.polytope_compiled import slices
+
+    fields = (
+        frame.pivot,
+        frame.along,
+        frame.across,
+        frame.slack,
+        frame.along_gap,
+        frame.across_gap,
+        frame.slack_gap,
+    )
+    Q, F = len(tau), frame.slack.shape[1]
+    starts, ends, origin = tau.new_zeros(Q, F), tau.new_zeros(Q, F), tau.new_empty(Q, 2)
+    normals, offsets = tau.new_zeros(Q, F, 2), tau.new_full((Q, F), torch.inf)
+    count, empty = torch.empty_like(pair), torch.empty_like(pair, dtype=torch.bool)
+    split = (
+        array(pair),
+        array(tau),
+        *(t.numpy() for t in (normals, offsets, starts, ends, count, origin, empty)),
+    )
+    shared = *map(array, fields), _STEEP, _ROUNDING, _BESIDE
+    in_blocks(slices, shared, [(part, 0) for part in split], Q)
+    most = int(count.max()) if Q else 0
+    return _Slices(
+        Polygons(normals[:, :most], offsets[:, :most], starts[:, :most], ends[:, :most]), origin, empty
+    )
 
 
 def _polygons(normals: Tensor, offsets: Tensor, line: Tensor) -> Polygons:
