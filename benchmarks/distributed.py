@@ -100,7 +100,7 @@ def exact_work(sizes: tuple[int, ...], group: Any) -> tuple[Work, Work, int, int
     def gradient(x: Tensor) -> None:
         fit._last = None
         # With a group the gradient is taken, and summed, on the way.
-        log_evidence = fit._log_evidence(parameters, x)
+        log_evidence = fit._log_evidence(parameters, lambda: fit._read(x))
         if group is None:
             torch.autograd.grad(log_evidence, parameters)
 

@@ -23,7 +23,7 @@ from ..distributions.statistics import SufficientStatistics
 from ..errors import InvalidData, RegionBudgetExceeded, UnsupportedModel
 from .autoguide import AutoCPAPosterior
 from .lbfgs import HISTORY, climb
-from .parameters import trainable
+from .parameters import followed, trainable
 from .process_group import Processes, led_by_first
 from .structure import ExactProblem, identical
 
@@ -218,11 +218,11 @@ class AbstractExactFit(SVI):
         self._last = Expectations(given, joint, log_prob.sum(), statistics)
         return self._last
 
-    def _log_evidence(self, parameters: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def _log_evidence(self, parameters: Sequence[Tensor], read: Callable[[], ExactProblem]) -> Tensor:
         """Exact log p(X) of all processes, differentiable in ``parameters`` by Fisher's identity."""
 
         def ours() -> Tensor:
-            problem = self._read(*args, **kwargs)
+            problem = read()
             found = self._expectations(problem)
             expected = found.statistics.expected_log_joint(
                 *found.joint.partition.affine_maps(),
@@ -292,10 +292,12 @@ class LBFGSRound:
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[float, float]:
         """One round; returns the objective (evidence less penalty, summed) before it and after it."""
         fit = self.fit
-        parameters = trainable(fit._problem(*args, **kwargs), fit.guide.decoder)
+        problem = fit._problem(*args, **kwargs)
+        parameters = trainable(problem, fit.guide.decoder)
+        read = followed(problem, fit.model, fit.guide.decoder, lambda: fit._read(*args, **kwargs))
 
         def objective() -> Tensor:
-            return fit._log_evidence(parameters, *args, **kwargs) - fit._penalty()
+            return fit._log_evidence(parameters, read) - fit._penalty()
 
         def ascend(evaluate: Callable[[], Tensor]) -> tuple[float, float]:
             values = climb(self._optimizer_of(parameters), evaluate, fit._rows)

@@ -38,7 +38,8 @@ class ExactML(AbstractExactFit):
 
     Note:
         Each iteration costs about one E-step with gradients. The evidence never falls between steps. Walls between
-        regions make the gradient continuous but not smooth, which L-BFGS takes well in practice.
+        regions make the gradient continuous but not smooth, which L-BFGS takes well in practice. Within a round the model
+        is not run again if its noise, as it stands, is the only parameter besides the decoder's.
 
         With ``process_group`` process 0 runs L-BFGS and the others evaluate with it. Each evaluation sends one broadcast
         and one all-reduce of P numbers and a few more (float64, 8 bytes each; P parameters), whatever the number of

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -16,7 +17,7 @@ from torch.distributions import constraints, transform_to
 from ..errors import UnsupportedModel
 from .structure import ExactProblem
 
-__all__ = ["GaussianParameter", "Weight", "noise_parameter", "prior_parameters", "trainable"]
+__all__ = ["GaussianParameter", "Weight", "followed", "noise_parameter", "prior_parameters", "trainable"]
 
 
 class Weight:
@@ -76,6 +77,44 @@ def trainable(problem: ExactProblem, decoder: nn.Module) -> list[Tensor]:
         if leaf.requires_grad:
             leaves.setdefault(id(leaf), leaf)
     return list(leaves.values())
+
+
+def followed(
+    problem: ExactProblem, model: Any, decoder: nn.Module, run: Callable[[], ExactProblem]
+) -> Callable[[], ExactProblem]:
+    """How to read a call again while an optimiser moves the parameters, its arguments being what they were.
+
+    The model need not run again where the noise, as it stands, is the only parameter besides the decoder's.
+
+    Args:
+        problem: the call as it was read, with its graph.
+        model: whose call it is.
+        decoder: of the model.
+        run: reads it by running the model, which always works.
+    """
+    own, scale = {id(p) for p in decoder.parameters()}, problem.noise_scale
+    sites = [(name, site) for name, site in _parameter_sites(problem) if id(_leaf(site)) not in own]
+    others = [(name, site) for name, site in sites if _leaf(site).requires_grad]
+    if problem.prior_loc.requires_grad or problem.prior_tril.requires_grad or len(others) > 1:
+        return run
+    if not others:
+        return run if scale.requires_grad else lambda: problem
+    ((name, site),) = others
+    value, leaf = site["value"], _leaf(site)
+    # A view of the parameter's own memory, rather than equal numbers, which may be so by chance.
+    memory = scale if scale._base is None else scale._base
+    if value is not memory or not _is_expanded(scale, value):
+        return run
+    transform = transform_to(_constraint(name, site, model))
+    return lambda: replace(problem, noise_scale=transform(leaf).expand(scale.shape))
+
+
+def _is_expanded(view: Tensor, value: Tensor) -> bool:
+    try:
+        expanded = value.expand(view.shape)
+    except RuntimeError:
+        return False
+    return expanded.stride() == view.stride() and expanded.storage_offset() == view.storage_offset()
 
 
 def noise_parameter(problem: ExactProblem, model: Any, decoder: nn.Module) -> GaussianParameter | None:

@@ -15,7 +15,7 @@ from torch.distributions import constraints
 
 from pyro_cpa.distributions import CPAMarginal
 from pyro_cpa.errors import InvalidData
-from pyro_cpa.infer import EM, AutoCPAPosterior, ExactML
+from pyro_cpa.infer import EM, AutoCPAPosterior, ExactML, exact_fit
 
 
 class Direct(PyroModule):
@@ -83,7 +83,7 @@ def test_a_prior_that_is_written_in_place_is_followed_by_em():
 def test_what_is_kept_holds_no_graph():
     model, x = Direct(), circle(30)
     fit = fit_of(model)
-    fit._log_evidence(list(model.parameters()), x).backward()
+    fit._log_evidence(list(model.parameters()), lambda: fit._read(x)).backward()
     statistics = fit._last.statistics
     held = [*fit._last.given, fit._last.log_evidence, statistics.zz, statistics.xz, statistics.xx]
     assert not any(tensor.requires_grad for tensor in held)
@@ -116,7 +116,7 @@ def test_the_gradient_is_that_of_the_evidence(make, holes):
     if holes:
         x[::3, 0] = torch.nan
     fit, parameters = fit_of(model, ExactML), list(model.parameters())
-    found = fit._log_evidence(parameters, x)
+    found = fit._log_evidence(parameters, lambda: fit._read(x))
     expected = model.oracle(x)
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
     pairs = zip(
@@ -138,3 +138,69 @@ def test_values_that_are_not_finite_are_refused_by_name(name, message):
         broken = replace(problem, **{field: torch.full_like(getattr(problem, field), bad)})
         with pytest.raises(InvalidData, match=message):
             fit._expectations(broken)
+
+
+class Computed(Exact):
+    """The noise is some function of a parameter."""
+
+    def likelihood(self, mean):
+        return dist.Normal(mean, torch.nn.functional.softplus(2.0 * self.noise)).to_event(1)
+
+
+class Detached(Exact):
+    """The noise is a parameter that is trained for something else."""
+
+    def likelihood(self, mean):
+        return dist.Normal(mean, self.noise.detach()).to_event(1)
+
+
+class Sliced(Exact):
+    """The noise is a part of a parameter."""
+
+    def likelihood(self, mean):
+        return dist.Normal(mean, self.noise[1:]).to_event(1)
+
+
+class Constant(Exact):
+    def likelihood(self, mean):
+        return dist.Normal(mean, 0.4).to_event(1)
+
+
+def softplus_noise():
+    model = Exact(1, 5, 2, seed=1)
+    model.noise = PyroParam(torch.tensor([0.5, 0.6]), constraint=dist.constraints.softplus_positive)
+    return model
+
+
+FOLLOWED = {
+    "scalar": (lambda: Exact(1, 5, 2, noise=0.6, seed=1), True),
+    "diagonal": (lambda: Exact(1, 5, 2, noise=[0.6, 0.4], seed=1), True),
+    "full": (lambda: Exact(1, 5, 2, noise=[[0.6, 0.0], [0.2, 0.5]], seed=1), True),
+    "softplus": (softplus_noise, True),
+    "constant": (lambda: Constant(1, 5, 2, seed=1), True),
+    "computed": (lambda: Computed(1, 5, 2, seed=1), False),
+    "detached": (lambda: Detached(1, 5, 2, seed=1), False),
+    "sliced": (lambda: Sliced(1, 5, 2, noise=[0.9, 0.6, 0.4], seed=1), False),
+    "learned prior": (Direct, False),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_model_runs_again_only_where_it_has_to(name, monkeypatch):
+    make, follows = FOLLOWED[name]
+    x, found = circle(40), []
+    for shortcut in (True, False):
+        if not shortcut:
+            pyro.clear_param_store()
+            monkeypatch.setattr(exact_fit, "followed", lambda problem, model, decoder, run: run)
+        model = make()
+        fit, runs = fit_of(model, ExactML, warm_start=0, iterations_per_step=8), []
+        model.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        fit.step(x)
+        assert (len(runs) < 4) == (follows and shortcut)
+        found.append(
+            [p.detach().clone() for p in model.parameters()] + [torch.tensor(fit.history[-1].objective)]
+        )
+        assert -fit.evaluate_loss(x) == pytest.approx(fit.history[-1].log_evidence, rel=1e-12)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
