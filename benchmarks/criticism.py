@@ -97,7 +97,8 @@ def imputation(seeds: int, smoke: bool, place: Folders, chosen: tuple[str, ...] 
     groups: dict[tuple, list[dict[str, float]]] = defaultdict(list)
     for (*group, _), row in kept(path, keys).items():
         groups[tuple(group)].append({name: float(row[name]) for name in measures if row.get(name)})
-    return summarise(groups, keys[:-1], measures)
+    ordered = (key for key in itertools.product(tables, ("20%", "50%"), IMPUTERS) if key in groups)
+    return summarise({key: groups[key] for key in ordered}, keys[:-1], measures)
 
 
 def detectors(
