@@ -90,13 +90,17 @@ class AutoCPAPosterior(AbstractDecoderGuide):
     _recomputed = ("_enumerated", "_solved")
 
     def partition(self) -> Partition:
-        """The regions of the decoder as it is now; enumerated only when its parameters have changed."""
+        """The regions of the decoder as it is now; enumerated only when it has changed."""
         state = [t.detach() for t in (*self.decoder.parameters(), *self.decoder.buffers())]
         # Values are compared rather than version counters, which writes through ``.data`` leave as they are.
-        if self._enumerated is None or not _same(self._enumerated[0], state):
-            partition = enumerate_regions(self.decoder, self.max_regions, latent_dim=self._latent_dim)
-            self._enumerated = ([t.clone() for t in state], partition)
-        return self._enumerated[1]
+        kept, network = self._enumerated, None
+        if kept is not None and kept[1].network.is_current:
+            if _same(kept[0], state):
+                return kept[1]
+            network = kept[1].network if kept[1].network.is_plain else None
+        partition = enumerate_regions(network or self.decoder, self.max_regions, latent_dim=self._latent_dim)
+        self._enumerated = ([t.clone() for t in state], partition)
+        return partition
 
     def marginal(self, *args: Any, **kwargs: Any) -> CPAMarginal:
         """The exact :class:`~pyro_cpa.distributions.CPAMarginal` of one datum, differentiable in the parameters."""

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -47,10 +50,23 @@ class Network:
 
     def __init__(self, decoder: nn.Module, latent_dim: int | None = None) -> None:
         self.decoder = decoder
+        self._read_from = _structure(decoder)
         tensors = [*decoder.parameters(), *decoder.buffers()]
         self._like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
         self.steps, self.graph = lower(decoder, latent_dim, self._like)
         self.latent_dim, self.data_dim = self.graph.widths[0], self.graph.widths[-1]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the decoder is made of the modules, settings and shapes that were read; values may have changed."""
+        (parts, shapes), (parts_now, shapes_now) = self._read_from, _structure(self.decoder)
+        same = len(parts) == len(parts_now) and all(map(operator.is_, parts, parts_now))
+        return same and shapes == shapes_now
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether PyTorch wrote every ``forward``: one of the user's own may hang on things that are in no module."""
+        return all(map(_is_of_torch, self.decoder.modules()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,6 +128,20 @@ class Network:
             broken = next(i for i, found in enumerate(values) if not _finite(found))
             raise InvalidData(_not_finite(self.steps[broken]))
         return layers
+
+
+def _structure(decoder: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Modules, their settings and tensors, to be compared by identity, and the tensors' shapes and devices."""
+    parts: list[Any] = []
+    for module in decoder.modules():
+        # A module of the user's own may keep whatever it computed last.
+        settings = vars(module).values() if _is_of_torch(module) else (module.training,)
+        parts += [module, type(module), *settings, *module._parameters.values(), *module._buffers.values()]
+    return parts, [(t.shape, t.device) for t in parts if isinstance(t, Tensor)]
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _finite(tensors: list[Tensor]) -> bool:
