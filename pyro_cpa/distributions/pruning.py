@@ -33,7 +33,7 @@ _START = 64  # groups of the level at which a search begins
 _NUMBERS = 2**22  # of one temporary
 _REGIONS = 4096  # looked at at once
 
-Maps = Callable[[Tensor], tuple[Tensor, Tensor]]
+Images = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Candidates(NamedTuple):
@@ -84,7 +84,7 @@ class RegionTree:
         log_mass, mean: (R,) and (R, L), the cells' log-probability and mean under the prior.
     """
 
-    def __init__(self, cells: Cells, maps: Maps, log_mass: Tensor, mean: Tensor) -> None:
+    def __init__(self, cells: Cells, maps: Images, log_mass: Tensor, mean: Tensor) -> None:
         self.depth = max(0, math.ceil(math.log2(len(mean) / _LEAF)))
         order = _halved(mean, self.depth)
         self.leaves = order.view(2**self.depth, -1)
@@ -101,7 +101,7 @@ class RegionTree:
         self._log_mass = torch.cat(log_masses)
 
     def _boxes(
-        self, cells: Cells, maps: Maps, mean: Tensor
+        self, cells: Cells, maps: Images, mean: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Boxes (G, D) around the images of the leaves' regions, and around those of their means; in rotated coordinates."""
         (G, K), D = self.leaves.shape, len(self.rotation)
@@ -208,7 +208,7 @@ def _halved(points: Tensor, depth: int) -> Tensor:
     return order.reshape(-1)
 
 
-def _principal_axes(maps: Maps, mean: Tensor, weights: Tensor) -> Tensor:
+def _principal_axes(maps: Images, mean: Tensor, weights: Tensor) -> Tensor:
     """(D, D) orthonormal columns, the direction of greatest spread of the regions' images of their weighted means first."""
     weights = weights / weights.sum()
     # Any orthonormal columns will do: spread about the most probable region, less what its place adds, is near enough.
