@@ -48,11 +48,11 @@ def parts(joint: PiecewiseJoint, x: Tensor) -> Iterator[Part]:
 
     Nothing is left out of incomplete rows, whose images differ from datum to datum, and of few regions.
     """
-    complete = ~x.isnan().any(-1)
-    if not _pays(joint, int(complete.sum())):
+    if not _pays(joint, x):
         for rows in joint.chunks(x):
             yield Part(rows, joint, x.new_zeros(rows.stop - rows.start))
         return
+    complete = ~x.isnan().any(-1)
     rest = (~complete).nonzero()[:, 0]
     for rows in joint.chunks(x[rest]):
         yield Part(rest[rows], joint, x.new_zeros(rows.stop - rows.start))
@@ -71,9 +71,10 @@ def gathered(found: Iterable[tuple[Tensor | slice, Tensor]], count: int) -> Tens
     return result
 
 
-def _pays(joint: PiecewiseJoint, count: int) -> bool:
+def _pays(joint: PiecewiseJoint, x: Tensor) -> bool:
     if joint.tolerance == 0 or len(joint.cells) < MANY_REGIONS or joint.partition.latent_dim > _LATENT_DIMS:
         return False
+    count = int((~x.isnan().any(-1)).sum())
     return count > 0 and (joint.tree is not None or count >= _MANY_DATA)
 
 

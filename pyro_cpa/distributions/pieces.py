@@ -297,7 +297,8 @@ class PiecewiseJoint:
             R, L, D = part.num_regions, part.latent_dim, basis.shape[1]
             like = basis.new_empty
             maps = Maps(like(R, L, D), like(R, D), like(R, L, L), like(R))
-            for rows in torch.arange(R, device=basis.device).split(max(1, _NUMBERS // (D * (L + 1)))):
+            size = max(1, _NUMBERS // (D * (L + 1)))
+            for rows in (slice(start, start + size) for start in range(0, R, size)):
                 if coefficients is None:
                     slopes, offsets = part.maps_of(rows)
                     columns, offsets = (

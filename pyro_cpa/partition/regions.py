@@ -120,7 +120,7 @@ class Partition:
             return self.feature_offsets
         return self.feature_offsets @ self.output_weight.mT + self.output_bias
 
-    def maps_of(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+    def maps_of(self, regions: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Slopes (P, D, L) and offsets (P, D) of some regions, without those of all."""
         slopes, offsets = self.feature_slopes[regions], self.feature_offsets[regions]
         if not self._shared:
