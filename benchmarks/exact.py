@@ -81,7 +81,7 @@ def _edge_mass(cells, r: int, mu: np.ndarray, S: np.ndarray) -> float:
     C = np.linalg.cholesky(S)
     total, inside = 0.0, True
     for e in range(cells.offsets.shape[1]):
-        if not np.isfinite(cells.offsets[r, e]):
+        if not cells.offsets[r, e].isfinite():
             continue
         n, c = cells.normals[r, e].numpy(), float(cells.offsets[r, e])
         t = np.array([-n[1], n[0]])
