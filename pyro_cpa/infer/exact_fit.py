@@ -113,7 +113,10 @@ class AbstractExactFit(SVI):
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Exact -log p(x), summed over the data (of all processes)."""
-        here = lambda: [self._expectations(self._read(*args, **kwargs)).log_evidence]  # noqa: E731
+
+        def here() -> list[Tensor]:
+            return [self._expectations(self._read(*args, **kwargs)).log_evidence]
+
         return -self._processes.sum(here)[0].item()
 
     def run(

@@ -131,12 +131,14 @@ class Network:
 
 
 def _structure(decoder: nn.Module) -> tuple[list[Any], list[Any]]:
-    """Modules, their settings and tensors, to be compared by identity, and the tensors' shapes and devices."""
+    """Modules, their settings, hooks and tensors, to be compared by identity, and the tensors' shapes and devices."""
     parts: list[Any] = []
     for module in decoder.modules():
         # A module of the user's own may keep whatever it computed last.
         settings = vars(module).values() if _is_of_torch(module) else (module.training,)
-        parts += [module, type(module), *settings, *module._parameters.values(), *module._buffers.values()]
+        hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+        tensors = *module._parameters.values(), *module._buffers.values()
+        parts += [module, type(module), *settings, *hooks, *tensors]
     return parts, [(t.shape, t.device) for t in parts if isinstance(t, Tensor)]
 
 

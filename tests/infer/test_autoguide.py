@@ -357,6 +357,17 @@ def test_whatever_changes_in_the_decoder_is_noticed(change):
             model.decoder[2].weight.mul_(1.5)
 
 
+def test_a_hook_is_noticed():
+    model = Exact(1, 6, 2, noise=0.4, seed=3)
+    guide = AutoCPAPosterior(model, decoder=model.decoder)
+    partition = guide.partition()
+    handle = model.decoder[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(UnsupportedModule, match="hook"):
+        guide.partition()
+    handle.remove()
+    assert guide.partition() is partition
+
+
 def test_training_mode_is_noticed():
     model = Exact(1, 6, 2, noise=0.4, seed=3)
     model.decoder.append(nn.BatchNorm1d(2).eval())
