@@ -46,7 +46,7 @@ class Effort:
     tol: float = 1e-3
 
 
-FULL = Effort(sweeps=30, warm_start=10, rounds=5, epochs=400, checks=10, polish=15)
+FULL = Effort(sweeps=25, warm_start=10, rounds=4, epochs=400, checks=10, polish=15)
 SHORT = Effort(sweeps=3, warm_start=1, rounds=1, epochs=4, checks=2, polish=2)
 
 History = tuple[list[float], list[float]]
