@@ -217,13 +217,17 @@ def put(path: Path, rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list
     for row in rows:
         table[tuple(str(row[key]) for key in keys)] = {head: str(value) for head, value in row.items()}
     found = list(table.values())
-    heads = list(dict.fromkeys(head for row in found for head in row))
+    _write(path, found)
+    return found
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    heads = list(dict.fromkeys(head for row in rows for head in row))
     heads = [head for head in heads if head not in LAST] + [head for head in LAST if head in heads]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, heads, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found)
-    return found
+        writer.writerows(rows)
 
 
 def show(
@@ -244,5 +248,4 @@ def publish(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
     print(f"\n{title}")
     show(rows)
     path.parent.mkdir(exist_ok=True)
-    path.unlink(missing_ok=True)
-    put(path, rows, list(rows[0]))
+    _write(path, rows)
