@@ -9,6 +9,8 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.distributions import constraints
 
+from pyro_cpa.distributions import CPAMarginal
+
 
 def net(*sizes, seed=0, activation=lambda: nn.LeakyReLU(0.1)):
     torch.manual_seed(seed)
@@ -49,3 +51,12 @@ def circle(n=200, noise=0.15, seed=0):
     torch.manual_seed(seed)
     angle = 2 * torch.pi * torch.rand(n)
     return torch.stack([angle.cos(), angle.sin()], -1) + noise * torch.randn(n, 2)
+
+
+def exact_nll(model, x):
+    noise = (
+        {"scale": model.noise}
+        if model.noise.dim() < 2
+        else {"covariance_matrix": model.noise @ model.noise.mT}
+    )
+    return -CPAMarginal(model.decoder, **noise).log_prob(x)
