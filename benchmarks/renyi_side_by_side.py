@@ -387,11 +387,13 @@ def main() -> None:
     choice.add_argument("--smoke", action="store_true", help="seconds; figures mean nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    page = PAGE.read_text() if given.write else ""
     for name, table in TABLES.items():
         text = markdown(table(2 if given.smoke else REPEATS))
         print(f"\n{name}\n{text}", flush=True)
-        if given.write:
-            PAGE.write_text(insert(PAGE.read_text(), name, text))
+        page = insert(page, name, text) if given.write else page
+    if given.write:
+        PAGE.write_text(page)
 
 
 if __name__ == "__main__":
