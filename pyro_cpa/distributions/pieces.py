@@ -19,9 +19,9 @@ from ..partition.cells import Cells, Polytopes
 from .missing import log_likelihood, observed_tril
 from .pruning import RegionTree
 
-_NUMBERS = 2**22  # of the maps that are factored at once
+__all__ = ["GaussianNoise", "GaussianPrior", "Maps", "PiecewiseJoint", "Pieces", "Whitened"]
 
-__all__ = ["GaussianNoise", "GaussianPrior", "PiecewiseJoint", "Pieces", "Whitened"]
+_NUMBERS = 2**22  # of the maps that are factored at once
 
 
 class GaussianPrior(NamedTuple):
