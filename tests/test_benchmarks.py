@@ -11,12 +11,11 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from warm_python import run_warm
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -34,13 +33,12 @@ def test_smoke(script, tmp_path):
     folder.mkdir()
     for path in (ROOT / "benchmarks").glob("*.py"):
         shutil.copy(path, folder)
-    done = subprocess.run(
-        [sys.executable, str(folder / script), *ARGUMENTS.get(script, []), "--smoke"],
+    done = run_warm(
+        str(folder / script),
+        *ARGUMENTS.get(script, []),
+        "--smoke",
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

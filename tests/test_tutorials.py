@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from warm_python import WarmPython
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -26,17 +25,26 @@ def code_cells(path):
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (pip install .[tutorials])")
+@pytest.fixture
+def run(monkeypatch):
+    """``tutorials/run.py``, its kernels warm."""
+    if MISSING:
+        pytest.skip(f"not installed: {', '.join(MISSING)} (pip install .[tutorials])")
+    from jupyter_client.provisioning import local_provisioner
+
+    def launch_kernel(command, env, cwd, **_):
+        return WarmPython(*command[1:], env=env, cwd=cwd)
+
+    monkeypatch.setattr(local_provisioner, "launch_kernel", launch_kernel)
+    spec = importlib.util.spec_from_file_location("tutorials_run", FOLDER / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @each_notebook
-def test_short_mode(path, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "run.py"), "--smoke", "--to", str(tmp_path), path.name],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_short_mode(run, path, tmp_path):
+    run.main(["--smoke", "--to", str(tmp_path), path.name])
     short = code_cells(tmp_path / path.name)
     for stored, ran in zip(code_cells(path), short, strict=True):
         assert bool(stored["outputs"]) == bool(ran["outputs"]), f"stored outputs are stale:\n{ran['source']}"

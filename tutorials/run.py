@@ -27,7 +27,20 @@ FOLDER = Path(__file__).parent
 CELL_TIMEOUT = 600  # seconds: none comes near it, but a kernel that hangs should not hang the tests
 
 
-def execute(path: Path) -> nbformat.NotebookNode:
+def environment(smoke: bool) -> dict[str, str]:
+    """That of the kernels."""
+    variables = {
+        # One thread: the order of floating-point sums, and so the outputs, do not depend on the number of cores.
+        "OMP_NUM_THREADS": "1",
+        # tqdm says so at its import in a kernel without ipywidgets, which only draw progress bars.
+        "PYTHONWARNINGS": "ignore:IProgress not found",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
+    inherited = {name: value for name, value in os.environ.items() if name != "PYRO_CPA_SMOKE"}
+    return inherited | variables | ({"PYRO_CPA_SMOKE": "1"} if smoke else {})
+
+
+def execute(path: Path, smoke: bool = False) -> nbformat.NotebookNode:
     """The notebook with the outputs of a fresh kernel; raises on the first error."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +54,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
             coalesce_streams=True,  # how prints arrive depends on the time
             resources={"metadata": {"path": str(path.parent)}},
             config=Config({"KernelManager": {} if os.name == "nt" else sockets}),
-        ).execute()
+        ).execute(env=environment(smoke))
     # What depends on the machine and not on the notebook.
     notebook.metadata = nbformat.from_dict(
         {
@@ -78,16 +91,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no notebook of {FOLDER} begins with {' or '.join(chosen.names)}")
     if chosen.to:
         chosen.to.mkdir(parents=True, exist_ok=True)
-    os.environ.pop("PYRO_CPA_SMOKE", None)
-    if chosen.smoke:
-        os.environ["PYRO_CPA_SMOKE"] = "1"
-    # One thread: the order of floating-point sums, and so the outputs, do not depend on the number of cores.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # tqdm says so at its import in a kernel without ipywidgets, which only draw progress bars.
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     for path in paths:
         start = time.perf_counter()
-        notebook = execute(path)
+        notebook = execute(path, chosen.smoke)
         target = chosen.to / path.name if chosen.to else None if chosen.smoke else path
         if target is not None:
             nbformat.write(notebook, target)

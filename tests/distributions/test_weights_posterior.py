@@ -39,7 +39,8 @@ def test_nuts_over_two_weights_recovers_a_grid_posterior():
 
     # z -> -z all but exchanges the two slopes: the prior tells them apart.
     prior = dist.Normal(torch.tensor([1.3, -0.5]), 0.25).to_event(1)
-    points = torch.cartesian_prod(torch.linspace(0.1, 2.5, 49), torch.linspace(-1.7, 0.7, 49))
+    # Steps of one deviation of the posterior: sums over the grid are off by less than a thousandth of it.
+    points = torch.cartesian_prod(torch.linspace(0.1, 2.5, 17), torch.linspace(-1.7, 0.7, 17))
     with torch.no_grad():
         log_post = torch.stack([log_evidence(p[0], p[1], x) for p in points]) + prior.log_prob(points)
     weights = log_post.softmax(0)

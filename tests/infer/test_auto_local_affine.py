@@ -135,14 +135,14 @@ def test_the_gradient_of_the_elbo_is_that_at_fixed_q():
     model, _, guide = pair(1, 5, 2, num_regions=4)
     x = circle(6)
     q = guide.mixture(x)
-    z = torch.linspace(-9, 9, 60_001)[:, None, None].expand(-1, 6, 1)
-    weight = q.log_prob(z).exp() * (18 / 60_000)
+    z = torch.linspace(-9, 9, 18_001)[:, None, None].expand(-1, 6, 1)
+    weight = q.log_prob(z).exp() * 1e-3
     log_p = model.likelihood(model.decoder(z)).log_prob(x)
     targets = torch.autograd.grad(-(weight * log_p).sum(), list(model.parameters()))
     target = torch.cat([g.flatten() for g in targets])
     for elbo in (Trace_ELBO(200, vectorize_particles=True), ImportanceWeightedELBO(1, "score")):
         draws = []
-        for _ in range(60 if isinstance(elbo, Trace_ELBO) else 1500):
+        for _ in range(30 if isinstance(elbo, Trace_ELBO) else 500):
             model.zero_grad()
             elbo.loss_and_grads(model, guide, x)
             draws.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -157,12 +157,12 @@ def test_the_gradient_of_many_particles_is_that_of_the_evidence():
     targets = torch.autograd.grad(-exact.log_evidence(x).sum(), list(model.parameters()))
     target = torch.cat([g.flatten() for g in targets])
     draws = []
-    for _ in range(40):
+    for _ in range(20):
         model.zero_grad()
         ImportanceWeightedELBO(2_000, "vimco", vectorize_particles=True).loss_and_grads(model, guide, x)
         draws.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     draws = torch.stack(draws)
-    error = draws.std(0) / 40**0.5
+    error = draws.std(0) / 20**0.5
     # Self-normalised weights are biased by O(1 / K).
     assert bool(((draws.mean(0) - target).abs() <= 5 * error + 2e-3 * target.abs().max()).all())
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from exact_pairs import Exact, circle
 from killed_run import FITS, training
 from pyro.infer import SVI, Trace_ELBO
+from warm_python import WarmPython
 
 from pyro_cpa.errors import InvalidData, RegionBudgetExceeded
 from pyro_cpa.infer import EM, AutoCPAPosterior, ExactML, ImportanceWeightedELBO, load_checkpoint
@@ -30,7 +29,7 @@ SCRIPT = Path(__file__).with_name("killed_run.py")
 def test_a_killed_run_resumes_to_the_result_of_the_whole(tmp_path, name):
     path = tmp_path / "run.pt"
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([sys.executable, str(SCRIPT), name, str(path)], env=environment)
+    run = WarmPython(str(SCRIPT), name, str(path), env=environment)
     try:
         # The script saves after each step, and is slow: it is killed within its fourth step or a later one.
         waited = time.monotonic()

@@ -5,15 +5,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from exact_pairs import Exact
 from two_processes import FITS
+from warm_python import WarmPython
 
 from pyro_cpa.errors import CPAError
 from pyro_cpa.infer import EM, AutoCPAPosterior
@@ -23,23 +23,26 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
 
 
-def torchrun(job: str, folder: Path) -> list[dict]:
+def start(job: str, folder: Path) -> list[WarmPython]:
+    """The two processes of a job, told of each other by the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [
+        WarmPython(str(SCRIPT), job, str(folder), env=ENVIRONMENT | address | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
+
+
+def run(job: str, folder: Path) -> list[dict]:
     """What the two processes of a job saved."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(SCRIPT), job, str(folder)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    assert [process.wait(300) for process in start(job, folder)] == [0, 0]
     return [torch.load(folder / f"{job}{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory):
-    return torchrun("fits", tmp_path_factory.mktemp("fits"))
+    return run("fits", tmp_path_factory.mktemp("fits"))
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -62,7 +65,7 @@ def test_all_start_from_the_parameters_of_process_0(fits):
 
 
 def test_what_is_sent_is_what_the_docstrings_say(tmp_path):
-    for found in torchrun("numbers", tmp_path):
+    for found in run("numbers", tmp_path):
         for name, (statistics, R, gradient, P) in found.items():
             L, D, full = 1, 2, "full" in name
             assert statistics == R * (L + 1) * (L + 1 + D) + (D**2 if full else D) + 1
@@ -70,7 +73,7 @@ def test_what_is_sent_is_what_the_docstrings_say(tmp_path):
 
 
 def test_an_error_of_one_process_is_raised_by_all_before_any_update(tmp_path):
-    first, second = torchrun("errors", tmp_path)
+    first, second = run("errors", tmp_path)
     for fit in ("em", "l-bfgs"):
         assert second[f"{fit}, infinite"][1].startswith("the data holds inf in row 3, column 1")
         assert first[f"{fit}, infinite"] == (
@@ -89,35 +92,18 @@ def test_an_error_of_one_process_is_raised_by_all_before_any_update(tmp_path):
 
 
 def test_the_death_of_a_process_is_an_error_in_the_other(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    # Without torchrun, which would end the survivor too.
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), "death", str(tmp_path)],
-            env=ENVIRONMENT
-            | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank)},
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    codes = [process.wait(120) for process in running]
-    assert codes == [0, -9]
+    assert [process.wait(120) for process in start("death", tmp_path)] == [0, -signal.SIGKILL]
     kind, message = torch.load(tmp_path / "death0.pt")["death"]
     assert kind == "ProcessFailure" and "Restart all of them from the last checkpoint" in message
 
 
-def test_without_a_group_nothing_is_imported_or_sent():
-    code = """
-import sys, torch, pyro_cpa.infer
-from pyro_cpa.infer.process_group import Processes
-torch.distributed.all_reduce = torch.distributed.all_gather = torch.distributed.broadcast = None
-alone, one = Processes(), torch.ones(2)
-assert alone.size == 1 and alone.sum(lambda: [one])[0] is one and alone.all(lambda: True)
-alone.broadcast([one]), alone.check_same("", [one])
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
+def test_without_a_group_nothing_is_sent(monkeypatch):
+    for name in ("all_reduce", "all_gather", "broadcast"):
+        monkeypatch.setattr(torch.distributed, name, None)
+    alone, one = Processes(), torch.ones(2)
+    assert alone.size == 1 and alone.sum(lambda: [one])[0] is one and alone.all(lambda: True)
+    alone.broadcast([one])
+    alone.check_same("", [one])
 
 
 def test_a_group_without_initialisation_is_refused():
