@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "pyro_cpa"
 # A module imports only from its own rank (without a cycle) and from ranks before it.
 RANKS = (
     "errors",
+    "compiled",
     "partition",
     "integrals",
     "distributions",

@@ -16,6 +16,7 @@ from pyro.infer import SVI
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
+from pyro_cpa import compiled
 from pyro_cpa.distributions import CPAMarginal, parts
 from pyro_cpa.infer import (
     EM,
@@ -25,7 +26,6 @@ from pyro_cpa.infer import (
     ImportanceWeightedELBO,
     ReweightedWakeSleepELBO,
 )
-from pyro_cpa.integrals import compiled
 from pyro_cpa.models import VAE, Bernoulli, BidirectionalHelmholtzMachine, SigmoidBeliefNet
 
 INSTALLED = compiled._INSTALLED

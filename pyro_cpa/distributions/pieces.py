@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..integrals.compiled import array, in_blocks, runs_compiled
+from ..compiled import array, in_blocks, runs_compiled
 from ..integrals.estimated_cells import NUM_POINTS, EstimatedPolytopes
 from ..partition import Partition
 from ..partition.cells import Cells, Polytopes

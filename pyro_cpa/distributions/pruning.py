@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..integrals.compiled import array, in_blocks, runs_compiled
+from ..compiled import array, in_blocks, runs_compiled
 from ..partition.cells import Cells
 
 __all__ = ["Candidates", "RegionTree"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_cpa.integrals.compiled import array, in_blocks, runs_compiled
+from pyro_cpa.compiled import array, in_blocks, runs_compiled
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, sample
 from pyro_cpa.integrals.normal import at_a_time, truncated_moments, truncated_quantile
 from pyro_cpa.partition.cells import Intervals

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_cpa.integrals.compiled import array, in_blocks, runs_compiled
+from pyro_cpa.compiled import array, in_blocks, runs_compiled
 from pyro_cpa.integrals.dispatch import Moments, log_mass, log_mass_bound, moments, moments_where, sample
 from pyro_cpa.integrals.normal import HALF_LOG_2PI, at_a_time
 from pyro_cpa.integrals.polygon_frame import Edges, sight, slicing_frame, whiten

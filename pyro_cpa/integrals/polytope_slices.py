@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_cpa.integrals.compiled import array, in_blocks, runs_compiled
+from pyro_cpa.compiled import array, in_blocks, runs_compiled
 from pyro_cpa.integrals.dispatch import log_mass, moments, sample
 from pyro_cpa.integrals.polytope_frame import WINDOW, Frame
 from pyro_cpa.partition.cells import Polygons

@@ -33,7 +33,7 @@ class Arrangement(ABC):
             check: called with each new number of cells before they are made; raises if they are too many.
 
         Returns:
-            (R,) for each new cell the index of the old one that it is part of.
+            (R,) for each new cell the index of the old one that it is part of, ascending.
         """
 
     @abstractmethod

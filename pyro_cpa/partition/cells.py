@@ -69,7 +69,11 @@ class Intervals(Cells):
         infinite = ends.abs() == torch.inf
         found = weighted_points(ends[..., None], ~infinite)
         found[..., 0] += ends.sign() * infinite
-        return found
+        if not bool(infinite.all()):
+            return found
+        # The whole line has no end: the origin tells the sign of what is constant on it.
+        origin = found.new_tensor([0.0, 1.0])
+        return torch.cat([found, origin.expand(len(found), 1, 2)], dim=1)
 
     def clip_to_box(self, low: Bound, high: Bound) -> list[np.ndarray]:
         low, high = (float(np.asarray(end).item()) for end in (low, high))

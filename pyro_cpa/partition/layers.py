@@ -142,6 +142,11 @@ class Elementwise(Layer):
         """Whether any segment has an intercept; those of the rectifiers have none."""
         return self.intercepts.requires_grad or bool((self.intercepts != 0).any())
 
+    def at(self, units: Tensor) -> Elementwise:
+        """The functions of some units, in that order."""
+        tables = (self.knots, self.slopes, self.intercepts)
+        return Elementwise(*(t[:, units] if t.shape[1] > 1 else t for t in tables))
+
     def segments(self, values: Tensor) -> Tensor:
         """Segment (int8) on which each of ``values`` (R, H) lies."""
         pattern = torch.zeros(values.shape, dtype=torch.int8, device=values.device)

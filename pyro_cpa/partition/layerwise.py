@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..compiled import runs_compiled
 from ..errors import InvalidData, RegionBudgetExceeded
 from .arrangement import Arrangement, Line
+from .crossing import Crossing, crossing_units
+from .families import Chain
 from .graph import Graph, homogeneous_basis
 from .layers import Elementwise, Layer
+from .lineage import Lineage
 from .network import Network
 from .plane import Plane
-from .walls import Walls, crossing_walls
+from .walls import Walls
 
 __all__ = ["cut_layer_by_layer"]
 
@@ -33,19 +37,16 @@ def cut_layer_by_layer(
 ) -> tuple[Arrangement, tuple[Tensor, ...]]:
     """Cells of the network, and the segment (R, H) on which every unit of each activation layer is.
 
-    Only cells and patterns are kept from layer to layer; affine maps are recomputed, chunk by chunk.
+    Only cells, patterns and descent are kept from layer to layer; affine maps are recomputed, chunk by chunk.
     """
     L = network.latent_dim
     like = torch.empty(0, dtype=torch.float64, device=network.device)
     arrangement: Arrangement = Line(like) if L == 1 else Plane(like, L)
-    patterns: list[Tensor] = []
-    graph = network.graph
-    bar = tqdm(total=sum(graph.switches), disable=not progress, desc="regions", bar_format=_BAR)
+    maps = _Maps(network.graph, layers, like)
+    bar = tqdm(total=sum(network.graph.switches), disable=not progress, desc="regions", bar_format=_BAR)
     for index, layer in enumerate(layers):
         if isinstance(layer, Elementwise) and layer.switches:
-            # The units' inputs are affine on every cell so far.
-            value, place = graph.inputs[index][0], network.places[index]
-            walls = _crossing(arrangement, graph, layers, patterns, value, layer, like, place, bar)
+            place = network.places[index]
 
             def check(count: int, place: str = place) -> None:
                 if count > max_regions:
@@ -54,61 +55,55 @@ def cut_layer_by_layer(
                         f"{place}. Raise max_regions, or use fewer units or layers."
                     )
 
+            # The units' inputs are affine on every cell so far.
+            crossing, walls = _crossing(arrangement, maps, index, layer, place, bar)
             parents = arrangement.cut(walls, check)
-            patterns = [pattern[parents] for pattern in patterns]
-            patterns.append(_segments(arrangement, graph, layers, patterns, value, layer, like))
+            points = arrangement.cells.interior_points().to(like.device)
+            maps.lineage.append(crossing.generation(parents, points, layer))
             bar.set_postfix_str(f"{len(arrangement.cells)} after {place}")
     bar.close()
-    return arrangement, tuple(patterns)
+    return arrangement, tuple(maps.lineage.patterns())
+
+
+class _Maps:
+    """Affine maps of cells to the inputs of units."""
+
+    def __init__(self, graph: Graph, layers: Sequence[Layer], like: Tensor) -> None:
+        self.graph, self.layers = graph, layers
+        self.lineage = Lineage()
+        self._chain = Chain(graph, layers, like)
+        self._compiled = runs_compiled(like)
+        self._basis = homogeneous_basis(graph.widths[0], like)
+
+    def crossing(
+        self, index: int, layer: Elementwise, rows: slice, generators: Tensor
+    ) -> tuple[Crossing, bool]:
+        """The units of a layer on some cells, and whether all maps are finite."""
+        if self._compiled and len(self.lineage.generations) < len(self._chain):
+            return self._chain.family(self.lineage.generations, rows).crossing(generators, layer)
+        value = self.graph.inputs[index][0]
+        patterns = self.lineage.patterns(rows)
+        maps, magnitude = self.graph.push_magnitude(self.layers, patterns, *self._basis, value)
+        # A branch without units yet has one map for all cells.
+        maps, magnitude = (t.expand(len(generators), -1, -1) for t in (maps, magnitude))
+        return crossing_units(generators, maps, magnitude, layer), bool((maps.abs() < torch.inf).all())
 
 
 def _crossing(
-    arrangement: Arrangement,
-    graph: Graph,
-    layers: Sequence[Layer],
-    patterns: Sequence[Tensor],
-    value: int,
-    layer: Elementwise,
-    like: Tensor,
-    place: str,
-    bar: tqdm,
-) -> Walls:
-    """The walls of ``layer``, whose units take ``value``, that cross cells."""
-    basis = homogeneous_basis(arrangement.cells.dim, like)
-    generators = arrangement.cells.generators().to(like.device)
-    walls = []
-    for rows in _chunks(len(generators), generators.shape[1], graph.numbers(value)):
-        chunk = [pattern[rows] for pattern in patterns]
-        maps, magnitude = graph.push_magnitude(layers, chunk, *basis, value)
-        if not bool((maps.abs() < torch.inf).all()):
+    arrangement: Arrangement, maps: _Maps, index: int, layer: Elementwise, place: str, bar: tqdm
+) -> tuple[Crossing, Walls]:
+    """The units of layer ``index`` on all cells, and the walls that cross cells."""
+    generators = arrangement.cells.generators().to(layer.knots.device)
+    found = []
+    numbers = maps.graph.numbers(maps.graph.inputs[index][0])
+    for rows in _chunks(len(generators), generators.shape[1], numbers):
+        crossing, finite = maps.crossing(index, layer, rows, generators[rows])
+        if not finite:
             raise InvalidData(f"{place}: its input overflows float64. Scale the weights of the decoder down.")
-        # A branch without units yet has one map for all cells.
-        count = rows.stop - rows.start
-        maps, magnitude = maps.expand(count, -1, -1), magnitude.expand(count, -1, -1)
-        found = crossing_walls(generators[rows], maps, magnitude, layer)
-        walls.append(found.of(found.cell + rows.start))
-        bar.update(count / len(generators))
-    return Walls.cat(walls)
-
-
-def _segments(
-    arrangement: Arrangement,
-    graph: Graph,
-    layers: Sequence[Layer],
-    patterns: Sequence[Tensor],
-    value: int,
-    layer: Elementwise,
-    like: Tensor,
-) -> Tensor:
-    """The segment (R, H) int8 of every unit of ``layer`` on each cell, read at an interior point."""
-    points = arrangement.cells.interior_points().to(like.device)[:, None]
-    one = like.new_ones(1)
-    segments = []
-    for rows in _chunks(len(points), 1, graph.numbers(value)):
-        chunk = [pattern[rows] for pattern in patterns]
-        values = graph.push(layers, chunk, points[rows], one, value)
-        segments.append(layer.segments(values[:, 0]))
-    return torch.cat(segments)
+        found.append(crossing)
+        bar.update((rows.stop - rows.start) / len(generators))
+    crossing = Crossing.cat(found)
+    return crossing, crossing.walls(generators, layer)
 
 
 def _chunks(count: int, rows: int, width: int) -> Iterator[slice]:

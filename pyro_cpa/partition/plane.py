@@ -60,9 +60,10 @@ class Plane(Arrangement):
             rest = Walls.cat([rest, rest.of(rest.cell + len(cells))])
             cells = cells.cat(cells.halves(chosen))
             walls = rest[rest.cross(cells.generators()[rest.cell])]
-        self.cells = cells.cat([cells for cells, _, _ in finished])
-        self._slots = torch.cat([slots for _, _, slots in finished])
-        return torch.cat([parents for _, parents, _ in finished])
+        parents, order = torch.cat([parents for _, parents, _ in finished]).sort(stable=True)
+        self.cells = cells.cat([cells for cells, _, _ in finished])[order]
+        self._slots = torch.cat([slots for _, _, slots in finished])[order]
+        return parents
 
     def locate(self, z: Tensor) -> Tensor:
         return self._tree.locate(z, self._slots)

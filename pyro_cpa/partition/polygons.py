@@ -73,8 +73,8 @@ class Polygons(DivisibleCells):
     def generators(self) -> Tensor:
         R, edges = self.offsets.shape
         if edges == 0:
-            # Three directions that positively span the plane.
-            fan = [[1.0, 0.0, 0.0], [-0.5, 0.75**0.5, 0.0], [-0.5, -(0.75**0.5), 0.0]]
+            # Three directions that positively span the plane; the origin tells the sign of what is constant on it.
+            fan = [[1.0, 0.0, 0.0], [-0.5, 0.75**0.5, 0.0], [-0.5, -(0.75**0.5), 0.0], [0.0, 0.0, 1.0]]
             return self.offsets.new_tensor(fan).expand(R, -1, -1)
         is_edge = self.is_edge
         start_open, end_open = torch.isinf(self.starts), torch.isinf(self.ends)

@@ -1,6 +1,6 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-"""Walls: the hyperplanes on which a unit changes its slope, and which cells they cross."""
+"""Walls: the hyperplanes on which a unit changes its slope."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layers import Elementwise
-
-__all__ = ["NOISE", "Walls", "crossing_walls"]
+__all__ = ["NOISE", "Walls"]
 
 NOISE = 16 * torch.finfo(torch.float64).eps
 """Rounding error granted to a computed wall, per unit of what was added up to compute it.
@@ -72,34 +70,3 @@ class Walls:
         reach = generators[..., :-1].abs().sum(-1)
         noise = self.tilt[:, None] * reach + self.shift[:, None] * generators[..., -1]
         return (depth > noise).any(1) & (depth < -noise).any(1)
-
-
-def crossing_walls(generators: Tensor, maps: Tensor, magnitude: Tensor, layer: Elementwise) -> Walls:
-    """The walls of one layer that cross cells.
-
-    Args:
-        generators: (R, G, L + 1) of the cells.
-        maps: (R, L + 1, H) affine map of each cell to the units' inputs.
-        magnitude: (R, 2, H) what was added up to compute them.
-        layer: the units.
-    """
-    found = []
-    for knot, bends in zip(layer.knots, layer.bends, strict=True):
-        # knot is (H,) or (1,): where a unit changes its slope.
-        above_knot = torch.cat([maps[:, :-1], maps[:, -1:] - knot], dim=1)
-        values = generators @ above_knot
-        mixed = ((values.amax(1) > 0) & (values.amin(1) < 0) & bends).nonzero()
-        cell, unit = mixed[:, 0], mixed[:, 1]
-        plane = above_knot[cell, :, unit]
-        size = torch.linalg.vector_norm(plane[:, :-1], dim=1)
-        tilt, shift = NOISE * magnitude[cell, :, unit].mT / size
-        walls = Walls(
-            cell=cell,
-            normal=plane[:, :-1] / size[:, None],
-            offset=-plane[:, -1] / size,
-            tilt=tilt,
-            shift=shift + NOISE * knot.expand(maps.shape[-1])[unit].abs() / size,
-        )
-        # A wall whose offset overflows crosses nothing: its depths are infinite or NaN.
-        found.append(walls[walls.cross(generators[cell]).nonzero()[:, 0]])
-    return Walls.cat(found)

@@ -11,7 +11,8 @@ import pytest
 import scipy.stats
 import torch
 
-from pyro_cpa.integrals import compiled, log_mass, log_mass_bound, moments, sample
+from pyro_cpa import compiled
+from pyro_cpa.integrals import log_mass, log_mass_bound, moments, sample
 from pyro_cpa.integrals.normal import truncated_quantile
 from pyro_cpa.partition.cells import Intervals
 

@@ -12,7 +12,8 @@ import scipy.stats
 import torch
 from polygon_cases import arrangement, box, from_vertices, moved, polygons, regular
 
-from pyro_cpa.integrals import compiled, log_mass, log_mass_bound, moments, moments_where, polygon, sample
+from pyro_cpa import compiled
+from pyro_cpa.integrals import log_mass, log_mass_bound, moments, moments_where, polygon, sample
 from pyro_cpa.partition.cells import Polygons
 
 

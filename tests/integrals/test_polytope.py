@@ -21,7 +21,8 @@ from polytope_cases import (
     rotation,
 )
 
-from pyro_cpa.integrals import compiled, log_mass, log_mass_bound, moments, polytope
+from pyro_cpa import compiled
+from pyro_cpa.integrals import log_mass, log_mass_bound, moments, polytope
 from pyro_cpa.partition import Polytopes, enumerate_regions
 
 EYE = np.eye(3)
