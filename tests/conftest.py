@@ -16,6 +16,15 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tests/test_devices.py runs, cuda for one")
 
 
+# Tens of seconds each; all others take one at the most, or a few.
+LONGEST = ("test_tutorials.py", "test_benchmarks.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first: processes that share the tests (``-n 2``) then end at the same time."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture
 def device(request):
     """The device asked for by ``--device``; the test skips, saying why, where there is none."""

@@ -35,11 +35,11 @@ def estimate(cells, loc, tril, seed=0, num_points=1024):
 
 def equicorrelated(dim, shift):
     """Log of P(y > shift in all coordinates) for N(0, (1 + 11')/2), as an integral over what they have in common."""
-    t, w = np.polynomial.legendre.leggauss(2000)
-    t = torch.tensor(60 * t)
+    # Entire and fading at both ends: a sum over an even grid is exact to rounding.
+    t = torch.linspace(-60.0, 60.0, 6001)
     common = -0.5 * t**2 - 0.5 * math.log(2 * math.pi)
     tails = dim * torch.special.log_ndtr(t - shift * math.sqrt(2))
-    return (common + tails + torch.tensor(60 * w).log()).logsumexp(0).item()
+    return (common + tails).logsumexp(0).item() + math.log(0.02)
 
 
 def orthant(dim, shift):

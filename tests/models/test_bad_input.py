@@ -87,7 +87,7 @@ def call(name, method, x, y=None):
     args = (x,) if y is None else (x, y)
     if method in ("log_p", "log_p_tilde", "ess", "extend"):
         args = (*args, 2)
-    options = {"num_particles": 2} if method == "log_evidence" else {}
+    options = {"log_evidence": {"num_particles": 2}, "fit": {"num_steps": 1}}.get(method, {})
     if (name, method) == ("vae-categorical", "reconstruct"):
         options = {"mode": "sample"}  # categories have no mean
     return getattr(model, method)(*args, **options)
