@@ -53,7 +53,10 @@ def by_scikit_learn(make: Callable[[int], object]) -> Imputer:
     def complete(train: np.ndarray, test: np.ndarray, seed: int, smoke: bool) -> Completed:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            return Completed(make(seed).fit(train).transform(test))
+            imputer = make(seed)
+            if smoke and isinstance(imputer, IterativeImputer):
+                imputer.set_params(max_iter=1)
+            return Completed(imputer.fit(train).transform(test))
 
     return complete
 
