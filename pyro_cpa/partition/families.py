@@ -24,6 +24,7 @@ from .lineage import Generation, ranges
 
 __all__ = ["Chain", "Family"]
 
+_SLOWER = 4  # times that a number takes longer in a sum of terms than in a product of matrices
 _WORTH = 16  # times that a cell takes as long as a pair of a datum and a region
 
 
@@ -55,6 +56,8 @@ class Family:
         """Maps (n, L + 1, H) of all cells and magnitude (n, 2, H) of what was added up."""
         from .families_compiled import expand
 
+        if not len(self.unit):
+            return self.maps[self.parent], self.magnitude[self.parent]
         n, H = len(self.parent), self.maps.shape[-1]
         maps, magnitude = self.maps.new_empty(n, self.maps.shape[1], H), self.maps.new_empty(n, 2, H)
         own = (self.unit, self.unit_map, self.unit_magnitude, self.weight, self.weight.abs())
@@ -119,16 +122,10 @@ class Chain:
         dense, _ = self._links[len(generations)]
         points, constant = self._basis
         if not generations:
-            none = constant.new_zeros(0, dtype=torch.long)
-            return Family(
-                parent=none.new_zeros(1),
-                maps=dense.push((points,), constant, None),
-                magnitude=dense.push_magnitude((torch.zeros_like(points[:, :2]),), (points,), None),
-                first=none.new_zeros(2),
-                unit=none,
-                unit_map=points.new_zeros(0, len(constant)),
-                unit_magnitude=points.new_zeros(0, 2),
-                weight=self._weights[len(generations)],
+            return self._alone(
+                dense.push((points,), constant, None),
+                dense.push_magnitude((torch.zeros_like(points[:, :2]),), (points,), None),
+                self._weights[0],
             )
         _, units = self._links[len(generations) - 1]
         last = generations[-1]
@@ -136,13 +133,25 @@ class Chain:
         start, stop = int(parents[0]), int(parents[-1]) + 1
         maps, magnitude = self.family(generations[:-1], slice(start, stop)).expand()
         parent = parents - start
+        many = last.first_pair[start : stop + 1].diff()
+        terms, width = int(many[parent].sum()), self._weights[len(generations)].shape[0]
+        if _SLOWER * terms > (len(parents) - len(maps)) * width:
+            # Where many units change inside a cell, as inside the whole space, its parts have little in common.
+            pattern = last.pattern[rows]
+            maps, magnitude = maps[parent], magnitude[parent]
+            outputs = units.push((maps,), constant, pattern)
+            magnitude = units.push_magnitude((magnitude,), (maps,), pattern)
+            return self._alone(
+                dense.push((outputs,), constant, None),
+                dense.push_magnitude((magnitude,), (outputs,), None),
+                self._weights[len(generations)],
+            )
 
         # A unit that is left out of the product is zero in it; the others are on the segment of any of the parts.
         any_part = torch.searchsorted(parents, torch.arange(start, stop, device=parents.device))
         pattern = last.pattern[rows][any_part]
         shared = units.push((maps,), constant, pattern)
         shared_magnitude = units.push_magnitude((magnitude,), (maps,), pattern)
-        many = last.first_pair[start : stop + 1].diff()
         pairs = slice(int(last.first_pair[start]), int(last.first_pair[stop]))
         left_out = torch.repeat_interleave(many), slice(None), last.unit[pairs]
         shared[left_out] = 0.0
@@ -169,4 +178,19 @@ class Chain:
             unit_map=own[0, :, counts].mT,
             unit_magnitude=own_magnitude[0, :, counts].mT,
             weight=self._weights[len(generations)],
+        )
+
+    @staticmethod
+    def _alone(maps: Tensor, magnitude: Tensor, weight: Tensor) -> Family:
+        """Cells that share nothing."""
+        n, none = len(maps), torch.zeros(0, dtype=torch.long)
+        return Family(
+            parent=torch.arange(n),
+            maps=maps,
+            magnitude=magnitude,
+            first=none.new_zeros(n + 1),
+            unit=none,
+            unit_map=maps.new_empty(0, maps.shape[1]),
+            unit_magnitude=maps.new_empty(0, 2),
+            weight=weight,
         )

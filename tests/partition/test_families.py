@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from pyro_cpa import compiled
-from pyro_cpa.partition import enumerate_regions, layerwise
+from pyro_cpa.partition import enumerate_regions, families, layerwise
 from pyro_cpa.partition.families import Chain
 from pyro_cpa.partition.graph import homogeneous_basis
 from pyro_cpa.partition.lineage import Lineage
@@ -37,7 +37,8 @@ def assert_same(fast, slow):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_every_case(name):
+def test_every_case(name, monkeypatch):
+    monkeypatch.setattr(families, "_SLOWER", 0)  # share wherever that can be done
     fast, slow = both(build(name)[0])
     assert_same(fast, slow)
     for a, b in zip(fast.patterns, slow.patterns, strict=True):
@@ -51,7 +52,9 @@ def test_any_decoder_of_the_plane(decoder):
 
 
 @pytest.mark.parametrize("unit", [nn.ReLU(), nn.LeakyReLU(0.2), nn.Hardtanh()])
-def test_families_expand_to_the_maps_of_the_network(unit, monkeypatch):
+@pytest.mark.parametrize("slower", [0, families._SLOWER])
+def test_families_expand_to_the_maps_of_the_network(unit, slower, monkeypatch):
+    monkeypatch.setattr(families, "_SLOWER", slower)
     decoder = nn.Sequential(nn.Linear(2, 9), unit, nn.Linear(9, 7), unit, nn.Linear(7, 5), unit).double()
     network = Network(decoder)
     layers, basis = network.snapshot(), homogeneous_basis(2, torch.empty(0, dtype=torch.float64))
