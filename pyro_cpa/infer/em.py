@@ -149,16 +149,22 @@ class EM(AbstractExactFit):
         self.history.append(record)
         return -before.log_evidence
 
+    @property
+    def _prepares(self) -> bool:
+        return self.accelerate is not None and len(self.history) < self.warm_up
+
     def _sweep(self, state: _EStep, *args: Any, **kwargs: Any) -> tuple[_EStep, dict[str, float]]:
         """All blocks in turn; returns the state after them and the fraction of each one's step that was taken."""
         accepted: dict[str, float] = {}
-        climbing = self.accelerate is not None and len(self.history) >= self.warm_up
+        climbing = self.accelerate is not None and not self._prepares
         for name, propose, moves_walls in self._plan(state):
             if climbing and moves_walls:
                 # L-BFGS takes over the hidden layers; closed-form blocks leave its curvature in place.
                 continue
             state, accepted[name] = self._update(state, propose, moves_walls, *args, **kwargs)
         if climbing:
+            if any(accepted.values()):
+                self._lbfgs.moved()
             self._lbfgs(*args, **kwargs)
             state = self._e_step(*args, **kwargs)
         return state, accepted

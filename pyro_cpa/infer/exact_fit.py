@@ -22,7 +22,7 @@ from ..distributions.pieces import PiecewiseJoint
 from ..distributions.statistics import SufficientStatistics
 from ..errors import InvalidData, RegionBudgetExceeded, UnsupportedModel
 from .autoguide import AutoCPAPosterior
-from .lbfgs import HISTORY, climb
+from .lbfgs import HISTORY, climb, forget_last_step
 from .parameters import followed, trainable
 from .process_group import Processes, led_by_first
 from .structure import ExactProblem, identical
@@ -130,6 +130,8 @@ class AbstractExactFit(SVI):
     ) -> list[StepRecord]:
         """Step until the objective per datum rises by less than ``tol`` nats, at most ``num_steps`` times.
 
+        Sweeps that prepare for L-BFGS do not end a run: where they stand still, it may find a way on.
+
         Args:
             args, kwargs: of the model.
             num_steps: at most so many steps.
@@ -144,6 +146,7 @@ class AbstractExactFit(SVI):
             total=num_steps, disable=not progress or self._processes.rank > 0, desc=type(self).__name__
         ) as bar:
             for _ in range(num_steps):
+                prepares = self._prepares
                 self.step(*args, **kwargs)
                 record = self.history[-1]
                 rows = max(1, self._rows)
@@ -151,9 +154,14 @@ class AbstractExactFit(SVI):
                 bar.set_postfix_str(f"log p(x) = {record.log_evidence / rows:.4f} per datum")
                 if callback is not None:
                     callback(record)
-                if record.gain < tol * rows:
+                if record.gain < tol * rows and not prepares:
                     break
         return self.history
+
+    @property
+    def _prepares(self) -> bool:
+        """Whether the next step is one of those before the first round of L-BFGS."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """History and curvature, for :func:`save_checkpoint` beside the model: a run resumes from both."""
@@ -284,6 +292,11 @@ class LBFGSRound:
         self.fit, self.iterations = fit, iterations
         self._optimizer: torch.optim.LBFGS | None = None
         self._waiting: dict[str, Any] | None = None
+        self._moved = False
+
+    def moved(self) -> None:
+        """To be told when others than this object have moved the parameters."""
+        self._moved = True
 
     def state_dict(self) -> dict[str, Any] | None:
         return self._waiting if self._optimizer is None else self._optimizer.state_dict()
@@ -303,7 +316,11 @@ class LBFGSRound:
             return fit._log_evidence(parameters, read) - fit._penalty()
 
         def ascend(evaluate: Callable[[], Tensor]) -> tuple[float, float]:
-            values = climb(self._optimizer_of(parameters), evaluate, fit._rows)
+            optimizer = self._optimizer_of(parameters)
+            if self._moved:
+                forget_last_step(optimizer)
+            values = climb(optimizer, evaluate, fit._rows)
+            self._moved = False
             return values[0], values[-1]
 
         if fit._processes.group is None:

@@ -98,6 +98,10 @@ class ExactML(AbstractExactFit):
         self.history.append(StepRecord(log_evidence, after, after - before, time.perf_counter() - start))
         return -(before + penalty)
 
+    @property
+    def _prepares(self) -> bool:
+        return len(self.history) < self.warm_start
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() if self._alternation is None else self._alternation.state_dict()
 

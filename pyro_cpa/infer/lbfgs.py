@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InvalidData, RegionBudgetExceeded
 from .process_group import ProcessFailure
 
-__all__ = ["HISTORY", "climb"]
+__all__ = ["HISTORY", "climb", "forget_last_step"]
 
 # Pairs of steps and gradient changes that L-BFGS keeps: on kinked objectives, more of them pay.
 HISTORY = 50
@@ -72,9 +72,11 @@ def climb(optimizer: torch.optim.LBFGS, objective: Callable[[], Tensor], rows: i
         optimizer.step(closure)
     finally:
         optimizer.zero_grad()
-        with torch.no_grad():
-            for parameter, value in zip(parameters, best, strict=True):
-                parameter.copy_(value)
+        if not all(map(torch.equal, parameters, best)):
+            forget_last_step(optimizer)
+            with torch.no_grad():
+                for parameter, value in zip(parameters, best, strict=True):
+                    parameter.copy_(value)
     if beyond:
         warnings.warn(
             f"the line search of L-BFGS turned back {len(beyond)} times: {beyond[0]} The parameters kept are the best "
@@ -83,6 +85,19 @@ def climb(optimizer: torch.optim.LBFGS, objective: Callable[[], Tensor], rows: i
             stacklevel=5,
         )
     return history
+
+
+def forget_last_step(optimizer: torch.optim.LBFGS) -> None:
+    """To be called when the parameters are moved between two calls of ``optimizer.step``.
+
+    The next call takes the change of the gradient since the last step for the curvature along that step, which it then is
+    not. From a step of length 0 it learns nothing. Where nothing was learned before, the next step is scaled as the first.
+    """
+    for state in optimizer.state.values():
+        if state.get("old_dirs"):
+            state["t"] = 0.0
+        else:
+            state.clear()
 
 
 def _wall(best_loss: float, parameters: list[Tensor]) -> Tensor:

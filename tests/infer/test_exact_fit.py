@@ -204,3 +204,25 @@ def test_the_model_runs_again_only_where_it_has_to(name, monkeypatch):
         assert -fit.evaluate_loss(x) == pytest.approx(fit.history[-1].log_evidence, rel=1e-12)
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "steps"),
+    [(EM, {}, 1), (EM, {"accelerate": "lbfgs", "warm_up": 3}, 4), (ExactML, {"warm_start": 3}, 4)],
+)
+def test_sweeps_before_l_bfgs_do_not_end_a_run(make, options, steps):
+    fit = fit_of(Exact(1, 4, 2, seed=1), make, **options)
+    assert len(fit.run(circle(30), num_steps=6, tol=1e9, progress=False)) == steps
+
+
+@pytest.mark.parametrize("warm_start", [0, 1])
+def test_l_bfgs_learns_from_its_own_steps_alone(warm_start):
+    """Closed forms before a round leave no step whose change of the gradient is due to it alone."""
+    fit, rounds = fit_of(Exact(1, 4, 2, seed=1), ExactML, warm_start=warm_start, iterations_per_step=5), 5
+    for _ in range(warm_start + rounds):
+        fit.step(circle(30))
+    (state,) = fit.state_dict()["lbfgs"]["state"].values()
+    within_rounds = state["n_iter"] - rounds
+    assert (
+        len(state["old_dirs"]) > within_rounds if warm_start == 0 else len(state["old_dirs"]) <= within_rounds
+    )
