@@ -78,11 +78,16 @@ class Crossing:
             points: (R', L) a point inside each part.
             layer: the units.
         """
-        segments = self.segments[parents]
-        child, pair = children(parents, len(self.segments), self.cell)
-        unit, plane = self.unit[pair], self.plane[pair]
-        value = (points[child] * plane[:, :-1]).sum(1) + plane[:, -1]
-        segments[child, unit] = layer.at(unit).segments(value[None])[0]
+        segments = self.segments.index_select(0, parents)
+        if len(self.segments) == 1:
+            # Inside the whole space all units change, for all parts: one product of matrices.
+            values = points @ self.plane[:, :-1].mT + self.plane[:, -1]
+            segments[:, self.unit] = layer.at(self.unit).segments(values)
+        else:
+            child, pair = children(parents, len(self.segments), self.cell)
+            unit, plane = self.unit[pair], self.plane[pair]
+            value = (points[child] * plane[:, :-1]).sum(1) + plane[:, -1]
+            segments[child, unit] = layer.at(unit).segments(value[None])[0]
         many = torch.bincount(self.cell, minlength=len(self.segments))
         first_pair = torch.cat([many.new_zeros(1), many.cumsum(0)])
         return Generation(parents, segments, first_pair, self.unit)

@@ -71,4 +71,4 @@ class Lineage:
             return []
         *before, last = self.generations
         pairs = zip(before, self._ancestors, strict=True)
-        return [*(g.pattern[ancestor[rows]] for g, ancestor in pairs), last.pattern[rows]]
+        return [*(g.pattern.index_select(0, ancestor[rows]) for g, ancestor in pairs), last.pattern[rows]]
