@@ -22,7 +22,7 @@ from ..distributions.pieces import PiecewiseJoint
 from ..distributions.statistics import SufficientStatistics
 from ..errors import InvalidData, RegionBudgetExceeded, UnsupportedModel
 from .autoguide import AutoCPAPosterior
-from .lbfgs import HISTORY, climb, forget_last_step
+from .lbfgs import climb, forget_last_step, optimizer_of
 from .parameters import followed, trainable
 from .process_group import Processes, led_by_first
 from .structure import ExactProblem, identical
@@ -329,14 +329,7 @@ class LBFGSRound:
 
     def _optimizer_of(self, parameters: list[Tensor]) -> torch.optim.LBFGS:
         if self._optimizer is None:
-            self._optimizer = torch.optim.LBFGS(
-                parameters,
-                max_iter=self.iterations,
-                history_size=HISTORY,
-                tolerance_grad=1e-9,
-                tolerance_change=1e-12,
-                line_search_fn="strong_wolfe",
-            )
+            self._optimizer = optimizer_of(parameters, self.iterations)
             if self._waiting is not None:
                 self._optimizer.load_state_dict(self._waiting)
         return self._optimizer

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +13,26 @@ from torch import Tensor
 from ..errors import InvalidData, RegionBudgetExceeded
 from .process_group import ProcessFailure
 
-__all__ = ["HISTORY", "climb", "forget_last_step"]
+__all__ = ["climb", "forget_last_step", "optimizer_of"]
 
-# Pairs of steps and gradient changes that L-BFGS keeps: on kinked objectives, more of them pay.
-HISTORY = 50
+# Pairs of steps and gradient changes that L-BFGS keeps, and the bytes that they may take: on kinked objectives, more pay.
+_HISTORY, _HISTORY_BYTES = 100, 2**28
+
+
+def optimizer_of(
+    parameters: Sequence[Tensor], iterations: int, evaluations: int | None = None
+) -> torch.optim.LBFGS:
+    """L-BFGS as :func:`climb` wants it, of so many iterations a step, and evaluations: by default a quarter more."""
+    pair = 2 * sum(p.numel() * p.element_size() for p in parameters)
+    return torch.optim.LBFGS(
+        list(parameters),
+        max_iter=iterations,
+        max_eval=evaluations,
+        history_size=min(_HISTORY, max(10, _HISTORY_BYTES // pair)),
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
 
 def climb(optimizer: torch.optim.LBFGS, objective: Callable[[], Tensor], rows: int) -> list[float]:

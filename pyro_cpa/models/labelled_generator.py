@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from pyro_cpa.distributions import CPAMarginal
 from pyro_cpa.errors import InvalidData
 from pyro_cpa.infer.evidence import Evidence, integrated_evidence
-from pyro_cpa.infer.lbfgs import HISTORY, climb
+from pyro_cpa.infer.lbfgs import climb, optimizer_of
 from pyro_cpa.models.gaussian_noise import GaussianNoise, NoiseKind
 from pyro_cpa.models.latent_model import AbstractLatentModel, check_count, check_labels
 from pyro_cpa.models.likelihoods import Mode
@@ -201,13 +201,7 @@ class AbstractLabelledGenerator(AbstractLatentModel):
             Summed log_prob before, and after each evaluation that improved it.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.LBFGS(
-            parameters,
-            max_iter=num_steps,
-            max_eval=num_steps,
-            history_size=HISTORY,
-            line_search_fn="strong_wolfe",
-        )
+        optimizer = optimizer_of(parameters, num_steps, evaluations=num_steps)
         return climb(optimizer, lambda: log_prob().sum(), rows)
 
 
