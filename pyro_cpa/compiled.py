@@ -1,6 +1,6 @@
 # Copyright the pyro_cpa developers
 # SPDX-License-Identifier: Apache-2.0
-"""Loops over pairs compiled by numba, if it is installed (extra ``fast``), on as many threads as torch uses."""
+"""Loops compiled by numba, if it is installed (extra ``fast``), on as many threads as torch uses."""
 
 from __future__ import annotations
 

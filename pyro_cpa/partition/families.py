@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..compiled import array, in_blocks
 from .crossing import Crossing
-from .graph import Graph, homogeneous_basis
+from .graph import Graph, homogeneous_basis, pusher_with_magnitude
 from .layers import Dense, Elementwise, Layer, sizes
 from .lineage import Generation, ranges
 
@@ -101,7 +101,9 @@ class Chain:
     """
 
     def __init__(self, graph: Graph, layers: Sequence[Layer], like: Tensor) -> None:
-        self._basis = homogeneous_basis(graph.widths[0], like)
+        points, constant = homogeneous_basis(graph.widths[0], like)
+        self._start = points, torch.zeros_like(points[:, :2])
+        self._push = pusher_with_magnitude(constant)
         self._links: list[tuple[Dense, Elementwise]] = []
         self._weights: list[Tensor] = []
         while 2 * len(self._links) + 1 < len(layers):
@@ -120,13 +122,9 @@ class Chain:
     def family(self, generations: Sequence[Generation], rows: slice) -> Family:
         """Maps of some cells of the last generation to the inputs of the units that come next."""
         dense, _ = self._links[len(generations)]
-        points, constant = self._basis
+        weight = self._weights[len(generations)]
         if not generations:
-            return self._alone(
-                dense.push((points,), constant, None),
-                dense.push_magnitude((torch.zeros_like(points[:, :2]),), (points,), None),
-                self._weights[0],
-            )
+            return self._alone(self._push(dense, [self._start], None), weight)
         _, units = self._links[len(generations) - 1]
         last = generations[-1]
         parents = last.parents[rows]
@@ -134,24 +132,15 @@ class Chain:
         maps, magnitude = self.family(generations[:-1], slice(start, stop)).expand()
         parent = parents - start
         many = last.first_pair[start : stop + 1].diff()
-        terms, width = int(many[parent].sum()), self._weights[len(generations)].shape[0]
-        if _SLOWER * terms > (len(parents) - len(maps)) * width:
+        if _SLOWER * int(many[parent].sum()) > (len(parents) - len(maps)) * len(weight):
             # Where many units change inside a cell, as inside the whole space, its parts have little in common.
-            pattern = last.pattern[rows]
-            maps, magnitude = maps[parent], magnitude[parent]
-            outputs = units.push((maps,), constant, pattern)
-            magnitude = units.push_magnitude((magnitude,), (maps,), pattern)
-            return self._alone(
-                dense.push((outputs,), constant, None),
-                dense.push_magnitude((magnitude,), (outputs,), None),
-                self._weights[len(generations)],
-            )
+            outputs = self._push(units, [(maps[parent], magnitude[parent])], last.pattern[rows])
+            return self._alone(self._push(dense, [outputs], None), weight)
 
         # A unit that is left out of the product is zero in it; the others are on the segment of any of the parts.
         any_part = torch.searchsorted(parents, torch.arange(start, stop, device=parents.device))
         pattern = last.pattern[rows][any_part]
-        shared = units.push((maps,), constant, pattern)
-        shared_magnitude = units.push_magnitude((magnitude,), (maps,), pattern)
+        shared, shared_magnitude = self._push(units, [(maps, magnitude)], pattern)
         pairs = slice(int(last.first_pair[start]), int(last.first_pair[stop]))
         left_out = torch.repeat_interleave(many), slice(None), last.unit[pairs]
         shared[left_out] = 0.0
@@ -163,26 +152,27 @@ class Chain:
         unit = last.unit[ranges(last.first_pair[parents], many, cell)]
         segments = last.pattern[rows][cell, unit][None]
         here = parent[cell], slice(None), unit
-        own, own_magnitude = maps[here].mT[None], magnitude[here].mT[None]
-        own_magnitude = units.at(unit).push_magnitude((own_magnitude,), (own,), segments)
-        own = units.at(unit).push((own,), constant, segments)
+        given = maps[here].mT[None], magnitude[here].mT[None]
+        own, own_magnitude = self._push(units.at(unit), [given], segments)
         own_magnitude += sizes(own)
         counts = (own[0] != 0).any(0).nonzero()[:, 0]
         many = torch.bincount(cell[counts], minlength=len(parents))
+        shared, shared_magnitude = self._push(dense, [(shared, shared_magnitude)], None)
         return Family(
             parent=parent,
-            maps=dense.push((shared,), constant, None),
-            magnitude=dense.push_magnitude((shared_magnitude,), (shared,), None),
+            maps=shared,
+            magnitude=shared_magnitude,
             first=torch.cat([many.new_zeros(1), many.cumsum(0)]),
             unit=unit[counts],
             unit_map=own[0, :, counts].mT,
             unit_magnitude=own_magnitude[0, :, counts].mT,
-            weight=self._weights[len(generations)],
+            weight=weight,
         )
 
     @staticmethod
-    def _alone(maps: Tensor, magnitude: Tensor, weight: Tensor) -> Family:
-        """Cells that share nothing."""
+    def _alone(pushed: tuple[Tensor, ...], weight: Tensor) -> Family:
+        """Cells that share nothing: their maps and magnitude."""
+        maps, magnitude = pushed
         n, none = len(maps), torch.zeros(0, dtype=torch.long)
         return Family(
             parent=torch.arange(n),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .layers import Layer
 
-__all__ = ["Graph", "homogeneous_basis"]
+__all__ = ["Graph", "homogeneous_basis", "pusher_with_magnitude"]
 
 Layers = Sequence[Layer]
 Patterns = Sequence[Tensor]
@@ -22,6 +22,17 @@ Step = Callable[[Layer, list[tuple[Tensor, ...]], Tensor | None], tuple[Tensor, 
 
 def _pusher(constant: Tensor) -> Step:
     return lambda layer, given, pattern: (layer.push([rows for (rows,) in given], constant, pattern),)
+
+
+def pusher_with_magnitude(constant: Tensor) -> Step:
+    """Takes maps and the magnitude of what was added up to compute them through one layer."""
+
+    def step(layer: Layer, given: list[tuple[Tensor, ...]], pattern: Tensor | None) -> tuple[Tensor, ...]:
+        maps, magnitudes = zip(*given, strict=True)
+        magnitude = layer.push_magnitude(magnitudes, maps, pattern)
+        return layer.push(maps, constant, pattern), magnitude
+
+    return step
 
 
 def homogeneous_basis(dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,13 +139,8 @@ class Graph:
             magnitude: (R, 2, H): sums of absolute values of all that was added up to give the slopes (first
                 row, as a sum over the latent dimensions) and the offset (second row) of each unit.
         """
-
-        def step(layer: Layer, given: list[tuple[Tensor, ...]], pattern: Tensor | None) -> tuple[Tensor, ...]:
-            maps, magnitudes = zip(*given, strict=True)
-            magnitude = layer.push_magnitude(magnitudes, maps, pattern)
-            return layer.push(maps, constant, pattern), magnitude
-
         start: dict[int, tuple[Tensor, ...]] = {0: (rows, torch.zeros_like(rows[:, :2]))}
+        step = pusher_with_magnitude(constant)
         maps, magnitude = self._walk(layers, patterns, start, step, self.path(value))[value]
         return maps, magnitude
 
