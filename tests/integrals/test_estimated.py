@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import mlp
-from polytope_cases import INF, affine_image, box, polytopes, rotation
+from polytope_cases import INF, affine_image, box, equicorrelated, polytopes, rotation
 
 from pyro_cpa.errors import CPAError
 from pyro_cpa.integrals import (
@@ -31,15 +31,6 @@ def estimate(cells, loc, tril, seed=0, num_points=1024):
     K = found.shape[-1]
     total = found.logsumexp(-1) - math.log(K)
     return total, (found - total[..., None]).exp().std(-1) / K**0.5
-
-
-def equicorrelated(dim, shift):
-    """Log of P(y > shift in all coordinates) for N(0, (1 + 11')/2), as an integral over what they have in common."""
-    # Entire and fading at both ends: a sum over an even grid is exact to rounding.
-    t = torch.linspace(-60.0, 60.0, 6001)
-    common = -0.5 * t**2 - 0.5 * math.log(2 * math.pi)
-    tails = dim * torch.special.log_ndtr(t - shift * math.sqrt(2))
-    return (common + tails).logsumexp(0).item() + math.log(0.02)
 
 
 def orthant(dim, shift):
