@@ -49,14 +49,13 @@ def by_density(**options: object) -> Imputer:
     return complete
 
 
-def by_scikit_learn(make: Callable[[int], object]) -> Imputer:
+def by_scikit_learn(make: Callable[[int, int], object]) -> Imputer:
+    """``make`` takes the seed and the largest number of sweeps."""
+
     def complete(train: np.ndarray, test: np.ndarray, seed: int, smoke: bool) -> Completed:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            imputer = make(seed)
-            if smoke and isinstance(imputer, IterativeImputer):
-                imputer.set_params(max_iter=1)
-            return Completed(imputer.fit(train).transform(test))
+            return Completed(make(seed, 1 if smoke else 10).fit(train).transform(test))
 
     return complete
 
@@ -170,9 +169,9 @@ def by_miwae(train: np.ndarray, test: np.ndarray, seed: int, smoke: bool) -> Com
 
 
 IMPUTERS: dict[str, Imputer] = {
-    "column mean": by_scikit_learn(lambda seed: SimpleImputer()),
-    "KNN": by_scikit_learn(lambda seed: KNNImputer()),
-    "iterative": by_scikit_learn(lambda seed: IterativeImputer(random_state=seed)),
+    "column mean": by_scikit_learn(lambda seed, sweeps: SimpleImputer()),
+    "KNN": by_scikit_learn(lambda seed, sweeps: KNNImputer()),
+    "iterative": by_scikit_learn(lambda seed, sweeps: IterativeImputer(max_iter=sweeps, random_state=seed)),
     "mixture": by_mixture,
     "MIWAE": by_miwae,
     "PPCA": by_density(n_latent=2, hidden=(), noise="isotropic", ridge=0.0),

@@ -10,8 +10,7 @@
     python benchmarks/regions.py --smoke               # seconds; figures mean nothing
 
 Decoders of digits (scikit-learn) and Fashion-MNIST (if it is there) are trained as variational autoencoders with Gaussian
-noise. Writes benchmarks/results/regions_*.csv. Times are CPU seconds of one thread, unless a
-table says otherwise.
+noise. Writes benchmarks/results/regions_*.csv. Times are CPU seconds, of one thread unless a row says otherwise.
 """
 
 from __future__ import annotations
@@ -325,7 +324,7 @@ def main() -> None:
         for name, section in SECTIONS.items():
             if args.only in (None, name):
                 command = f"python benchmarks/regions.py --only {name}"
-                rows = [row | provenance() | row | {"command": command} for row in section(args.smoke)]
+                rows = [provenance() | row | {"command": command} for row in section(args.smoke)]
                 title = (section.__doc__ or "").splitlines()[0]
                 publish(title, rows, places.results / f"regions_{name}.csv")
 

@@ -230,9 +230,7 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def show(
-    rows: Sequence[dict[str, Any]], leave_out: Sequence[str] = ("versions", "command", "threads")
-) -> None:
+def show(rows: Sequence[dict[str, Any]], leave_out: Sequence[str] = ("versions", "command")) -> None:
     """Prints a table."""
     heads = [head for head in dict.fromkeys(h for row in rows for h in row) if head not in leave_out]
     cells = [heads, *([str(row.get(head, "")) for head in heads] for row in rows)]
