@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """EM, exact maximum likelihood and a VAE on the two toy curves, over data seeds and weight seeds.
 
-    python benchmarks/toys.py --data-seeds 20 --weight-seeds 20       # a day on one core; resumes run by run
+    python benchmarks/toys.py --data-seeds 20 --weight-seeds 20 --pairs 20    # every seed of both kinds once
+    python benchmarks/toys.py --data-seeds 20 --weight-seeds 20       # all 400 pairs; resumes run by run
     python benchmarks/toys.py                                         # 2 x 2 seeds
     python benchmarks/toys.py --smoke                                 # in seconds; writes nothing
 
@@ -26,25 +27,22 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule, PyroParam
-from runs import Stopwatch, arguments, folders, kept, provenance, put, show
-from scipy import stats
+from exact_or_amortised import NoisyDecoder, better_than_vae, mean_and_interval, reached, seconds, train
+from runs import arguments, folders, kept, provenance, put, show
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-
-from pyro_cpa.datasets import minibatches
-from pyro_cpa.infer import EM, AnalyticELBO, AutoCPAPosterior, ExactML
 
 __all__: list[str] = []
 
 ROWS, NOISE, MARGIN = 500, 0.1, 0.2
 NETS = {"small": (1, 8, 2), "large": (1, 8, 8, 2)}
+# Sweeps of EM; sweeps, then rounds of L-BFGS; minibatches: 1000 epochs, the test rows evaluated after every twentieth.
+STEPS = {"EM": 75, "ExactML": 20, "VAE": 5000}
+EVERY = 100
 KEYS = ("curve", "net", "data seed", "weight seed", "method")
 
 
@@ -75,172 +73,109 @@ def true_loss(curve: str, x: Tensor) -> float:
     return -log_p.mean().item()
 
 
-class Curve(PyroModule):
-    """The decoder with its noise, as a Pyro model, and the VAE's guide."""
-
-    def __init__(self, sizes: tuple[int, ...], seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        for a, b in itertools.pairwise(sizes):
-            linear = nn.Linear(a, b)
-            nn.init.xavier_normal_(linear.weight)
-            nn.init.normal_(linear.bias)
-            layers += [linear, nn.LeakyReLU(0.1)]
-        self.decoder = nn.Sequential(*layers[:-1])
-        self.noise = PyroParam(torch.tensor(0.55), constraint=dist.constraints.positive)
-        self.encoder = nn.Sequential(
-            nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
-        )
-
-    def forward(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), self.noise).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        loc, log_scale = self.encoder(x).chunk(2, -1)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+def net(sizes: tuple[int, ...], seed: int) -> NoisyDecoder:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(sizes):
+        linear = nn.Linear(a, b)
+        nn.init.xavier_normal_(linear.weight)
+        nn.init.normal_(linear.bias)
+        layers += [linear, nn.LeakyReLU(0.1)]
+    encoder = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+    return NoisyDecoder(nn.Sequential(*layers[:-1]), encoder, 1, noise=0.55)
 
 
-Report = Callable[[], None]
-
-
-def by_em(net: Curve, exact: AutoCPAPosterior, x: Tensor, steps: int, report: Report) -> None:
-    EM(net, exact).run(x, num_steps=steps, tol=0.0, progress=False, callback=lambda record: report())
-
-
-def by_ml(net: Curve, exact: AutoCPAPosterior, x: Tensor, steps: int, report: Report) -> None:
-    ExactML(net, exact).run(x, num_steps=steps, tol=0.0, progress=False, callback=lambda record: report())
-
-
-def by_vae(net: Curve, exact: AutoCPAPosterior, x: Tensor, steps: int, report: Report) -> None:
-    loss = AnalyticELBO(max_plate_nesting=1)(net, net.guide)
-    optim = torch.optim.Adam(net.parameters(), 5e-3)
-    for epoch in range(steps):
-        for (batch,) in minibatches(x, batch_size=100, epoch=epoch):
-            optim.zero_grad()
-            (loss(batch) / len(batch)).backward()
-            optim.step()
-        if epoch % 20 == 19 or epoch == steps - 1:
-            report()
-
-
-# What it is called, how it runs, and for how many steps or epochs at most.
-METHODS: dict[str, tuple[Callable[..., None], int]] = {
-    "EM": (by_em, 75),
-    "ExactML": (by_ml, 20),
-    "VAE": (by_vae, 1000),
-}
-
-
-def run(curve: str, net: str, data_seed: int, weight_seed: int, method: str, smoke: bool) -> dict[str, Any]:
+def run(curve: str, size: str, data_seed: int, weight_seed: int, method: str, smoke: bool) -> dict[str, Any]:
     x, x_test = data(curve, data_seed)
-    pyro.clear_param_store()
-    model = Curve(NETS[net], weight_seed)
-    exact = AutoCPAPosterior(model, decoder=model.decoder)
-    target = true_loss(curve, x_test) + MARGIN
-    wall, cpu, watch = 0.0, 0.0, Stopwatch()
-    reached: tuple[float, float] | None = None
-    loss = math.inf
-
-    def report() -> None:
-        nonlocal wall, cpu, reached, loss
-        spent = watch.read()
-        wall, cpu = wall + spent[0], cpu + spent[1]
-        with torch.no_grad():
-            loss = -exact.log_evidence(x_test).mean().item()
-        if reached is None and loss <= target:
-            reached = wall, cpu
-        watch.read()
-
-    fit, steps = METHODS[method]
-    fit(model, exact, x, 2 if smoke else steps, report)
+    truth = true_loss(curve, x_test)
+    steps = 2 if smoke else STEPS[method]
+    exact, points = train(method, net(NETS[size], weight_seed), x, x_test, steps=steps, every=EVERY)
     with torch.no_grad():
-        train = -exact.log_evidence(x).mean().item()
-    return dict(zip(KEYS, (curve, net, data_seed, weight_seed, method), strict=True)) | {
-        "train": f"{train:.4f}",
-        "test": f"{loss:.4f}",
-        "true law": f"{target - MARGIN:.4f}",
-        "wall s": f"{wall:.2f}",
-        "CPU s": f"{cpu:.2f}",
-        "wall s to target": "" if reached is None else f"{reached[0]:.2f}",
-        "CPU s to target": "" if reached is None else f"{reached[1]:.2f}",
+        train_loss = -exact.log_evidence(x).mean().item()
+    end, hit = points[-1], reached(points, truth + MARGIN)
+    return dict(zip(KEYS, (curve, size, data_seed, weight_seed, method), strict=True)) | {
+        "train": f"{train_loss:.4f}",
+        "test": f"{end.loss:.4f}",
+        "true law": f"{truth:.4f}",
+        "wall s": f"{end.wall:.2f}",
+        "CPU s": f"{end.cpu:.2f}",
+        "wall s to target": f"{hit.wall:.2f}" if hit else "",
+        "CPU s to target": f"{hit.cpu:.2f}" if hit else "",
         **provenance(),
     }
 
 
-def summary(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+def summary(rows: list[dict[str, str]], command: str) -> list[dict[str, str]]:
     """A row for each curve, net and method."""
     groups: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, str]]] = defaultdict(dict)
     for row in rows:
         groups[row["curve"], row["net"], row["method"]][row["data seed"], row["weight seed"]] = row
+    losses = {
+        name: {seeds: float(row["test"]) for seeds, row in runs.items()} for name, runs in groups.items()
+    }
     found = []
-    for (curve, net, method), runs in groups.items():
-        losses = [float(row["test"]) for row in runs.values()]
-        other = groups.get((curve, net, "VAE"), {})
-        pairs = [
-            (float(row["test"]), float(other[seeds]["test"])) for seeds, row in runs.items() if seeds in other
-        ]
-        spread = stats.sem(losses) * stats.t.ppf(0.975, len(losses) - 1) if len(losses) > 1 else math.nan
-        hits = [row for row in runs.values() if row["wall s to target"]]
+    for (curve, size, method), runs in groups.items():
+        own, vae = losses[curve, size, method], losses.get((curve, size, "VAE"), {})
         found.append(
             {
                 "curve": curve,
-                "net": net,
+                "net": size,
                 "method": method,
                 "runs": str(len(runs)),
                 "data seeds": str(len({seeds[0] for seeds in runs})),
                 "weight seeds": str(len({seeds[1] for seeds in runs})),
-                "test -log p": f"{sum(losses) / len(losses):.3f}"
-                + (f" +- {spread:.3f}" if len(losses) > 1 else ""),
-                "best": f"{min(losses):.3f}",
-                "worst": f"{max(losses):.3f}",
+                "test -log p": mean_and_interval(list(own.values())),
+                "best": f"{min(own.values()):.3f}",
+                "worst": f"{max(own.values()):.3f}",
                 "true law": f"{sum(float(row['true law']) for row in runs.values()) / len(runs):.3f}",
-                "better than VAE": ""
-                if method == "VAE"
-                else f"{sum(a < b for a, b in pairs)} of {len(pairs)}",
-                "reached target": f"{len(hits)} of {len(runs)}",
-                "median wall s to target": f"{median(float(r['wall s to target']) for r in hits):.1f}"
-                if hits
-                else "",
-                "median CPU s to target": f"{median(float(r['CPU s to target']) for r in hits):.1f}"
-                if hits
-                else "",
-                "wall s": f"{sum(float(row['wall s']) for row in runs.values()) / len(runs):.1f}",
-                "CPU s": f"{sum(float(row['CPU s']) for row in runs.values()) / len(runs):.1f}",
+                "better than VAE": "" if method == "VAE" else better_than_vae(own, vae),
+                **seconds(list(runs.values())),
                 **provenance(),
-                "command": "python benchmarks/toys.py",
+                "command": command,
             }
         )
     return found
+
+
+def diagonals(data_seeds: int, weight_seeds: int) -> list[tuple[int, int]]:
+    """All pairs of seeds; each run of ``data_seeds`` in a row has every data seed once."""
+    return [(d, (d + k) % weight_seeds) for k in range(weight_seeds) for d in range(data_seeds)]
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data-seeds", type=int, default=2)
     parser.add_argument("--weight-seeds", type=int, default=2)
+    parser.add_argument("--pairs", type=int, help="so many pairs of seeds, along diagonals; default: all")
     options = parser.parse_args()
     if options.smoke:
         options.data_seeds = options.weight_seeds = 1
     warnings.filterwarnings("ignore", message="the normal matrix")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    # Seeds outermost: an interrupted run has every curve and net equally often.
-    seeds = sorted(itertools.product(range(options.data_seeds), range(options.weight_seeds)), key=max)
+    pairs = diagonals(options.data_seeds, options.weight_seeds)[: options.pairs]
+    command = (
+        f"python benchmarks/toys.py --data-seeds {options.data_seeds} --weight-seeds {options.weight_seeds}"
+    )
+    if len(pairs) < options.data_seeds * options.weight_seeds:
+        command += f" --pairs {len(pairs)}"
+    # Pairs outermost: an interrupted run has every curve and net equally often.
     todo = [
-        (curve, net, *pair, method)
-        for pair, net, curve, method in itertools.product(seeds, NETS, CURVES, METHODS)
+        (curve, size, *pair, method)
+        for pair, size, curve, method in itertools.product(pairs, NETS, CURVES, STEPS)
     ]
+    keys = [tuple(map(str, key)) for key in todo]
     with folders(options.smoke) as place:
         path = place.results / "toys_runs.csv"
-        done = kept(path, KEYS)
-        for key in tqdm(todo, desc="runs"):
-            if tuple(map(str, key)) not in done:
+        if not options.smoke and not kept(path, KEYS).keys() >= set(keys):
+            for method in STEPS:  # compiles, so that the first runs' seconds are like the others'
+                run(*todo[0][:-1], method, smoke=True)
+        for key, name in zip(tqdm(todo, desc="runs"), keys, strict=True):
+            if name not in kept(path, KEYS):
                 put(path, [run(*key, options.smoke)], KEYS)
-        rows = summary(list(kept(path, KEYS).values()))
-        put(place.results / "toys.csv", rows, ("curve", "net", "method"))
+            done = kept(path, KEYS)
+            rows = summary([done[other] for other in keys if other in done], command)
+            put(place.results / "toys.csv", rows, ("curve", "net", "method"))
         show(rows)
 
 
