@@ -35,7 +35,9 @@ tutorials: $(VENV)/installed-tutorials
 BENCHMARK = OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 benchmarks: $(VENV)/installed-test
 	$(BENCHMARK)/bounds.py
-	$(BENCHMARK)/toys.py
+	$(BENCHMARK)/toys.py --data-seeds 20 --weight-seeds 20 --pairs 20
+	$(BENCHMARK)/latent_maps.py $(ARGS)
+	$(BENCHMARK)/latent_maps.py --data-set mnist $(ARGS)
 	$(BENCHMARK)/helmholtz.py $(ARGS)
 	$(BENCHMARK)/discrete_mnist.py $(ARGS)
 	$(BENCHMARK)/models.py --dataset mnist --all $(ARGS)

@@ -162,12 +162,13 @@ def train(
         minutes: of CPU time in training, at most.
 
     Returns:
-        The exact posterior, and the test rows' curve; its last point is the end.
+        The exact posterior, and the test rows' curve from the start to the end.
     """
     pyro.clear_param_store()
     exact = AutoCPAPosterior(net, decoder=net.decoder)
     curve = Curve(exact, x_test, minutes)
     with suppress(TimeIsUp):
+        curve()
         METHODS[method](Training(net, exact, x, steps, every, curve))
     return exact, curve.points
 

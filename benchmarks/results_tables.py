@@ -1,0 +1,296 @@
+# Copyright the pyro_cpa developers
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of benchmarks/RESULTS.md: which columns of which results, and what is said of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+__all__ = ["TABLES", "Row", "Table"]
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """How one table of results is shown.
+
+    Args:
+        name: of the file in benchmarks/results, and in the references.
+        title, text: what stands above it.
+        key: name of a row in the references.
+        columns: shown, in this order.
+        compared: quantities that have references, and +1 where more is better, -1 where less is.
+        derived: further columns.
+        pictures: shown below.
+        shown: which rows are; the others are in the file.
+        missing: the command for a row that has no figure yet.
+    """
+
+    name: str
+    title: str
+    text: str
+    columns: tuple[str, ...]
+    key: Callable[[Row], str] = lambda row: ""
+    compared: dict[str, int] = field(default_factory=dict)
+    derived: dict[str, Callable[[Row], str]] = field(default_factory=dict)
+    pictures: tuple[str, ...] = ()
+    shown: Callable[[Row], bool] = lambda row: True
+    missing: str = ""
+
+
+def elbo_without_constant(row: Row) -> str:
+    """The tutorial's GMVAE leaves the uniform prior over its ten classes out of the bound."""
+    return f"{float(row['ELBO']) + math.log(10):.2f}" if row["model"] == "gmvae" else ""
+
+
+SPENT = ("training wall s", "training CPU s")
+TABLES = (
+    Table(
+        "helmholtz",
+        "Bidirectional Helmholtz machines on binary data",
+        "Nets of the published sizes; -log p and its company in nats a row. `bernoulli` is the published "
+        "model of the data layer, `exclusive` makes one categorical of columns that exclude each other; the references "
+        "are for the former. The test splits of ADULT and CONNECT4 were rebuilt from the raw sets and a random selection of "
+        "them is measured; the order of DNA's rows, on which its split hangs, is not verified against the original.",
+        (
+            "data set",
+            "x",
+            "objective",
+            "seed",
+            "-log p",
+            "-log p~*",
+            "2 log Z",
+            "relative s.e. of Z^2",
+            "-log p*",
+            "ESS of p %",
+            "ESS of p* %",
+            "S",
+            "test rows",
+            "epochs",
+            "ended",
+            *SPENT,
+        ),
+        key=lambda row: f"{row['data set']} {row['objective']}",
+        compared={"-log p": -1, "-log p*": -1, "2 log Z": 1, "ESS of p* %": 1},
+        missing="python benchmarks/helmholtz.py",
+    ),
+    Table(
+        "bounds",
+        "Every objective against the truth",
+        "A belief net and a piecewise-affine decoder of known evidence, 10 particles, a guide led away from the best of its "
+        "family: gap in nats per datum, bias and noise of the model's gradient relative to that of log p(x), and "
+        "signal/noise of the guide's gradient in one step. The sweeps over particles, mismatch and nodes are in the "
+        "pictures and in `results/bounds.csv`.",
+        (
+            "model",
+            "objective",
+            "S",
+            "KL(q||p)",
+            "gap",
+            "s.e.",
+            "model bias",
+            "model noise",
+            "signal/noise",
+            "cosine",
+            "steps",
+            "wall s",
+            "CPU s",
+        ),
+        pictures=("bounds_particles.png", "bounds_mismatch.png", "bounds_nodes.png"),
+        missing="python benchmarks/bounds.py",
+        shown=lambda row: row["sweep"] == "particles" and row["S"] == "10",
+    ),
+    Table(
+        "bounds_training",
+        "What each objective reaches where log p(x) is known",
+        "Both nets trained from the same starts with 5 particles: exact log p(x) of the training rows per datum, less "
+        "that of the model that drew them.",
+        (
+            "model",
+            "objective",
+            "log p(x)",
+            "above the true model",
+            "s.e. over seeds",
+            "KL(q||p)",
+            "s.e. of KL",
+            "seeds",
+            "steps",
+            "wall s",
+            "CPU s",
+        ),
+        missing="python benchmarks/bounds.py",
+    ),
+    Table(
+        "toys",
+        "EM, exact maximum likelihood and a VAE on circle and wave",
+        "Exact -log p(x) of held-out rows per datum, less is better.",
+        (
+            "curve",
+            "net",
+            "method",
+            "runs",
+            "data seeds",
+            "weight seeds",
+            "test -log p",
+            "best",
+            "worst",
+            "true law",
+            "better than VAE",
+            "reached target",
+            "median wall s to target",
+            "median CPU s to target",
+            "wall s",
+            "CPU s",
+        ),
+        missing="python benchmarks/toys.py",
+    ),
+    Table(
+        "latent_maps",
+        "EM, exact maximum likelihood and a VAE with two latents, on digits and MNIST",
+        "The same decoder from the same start, for as many CPU minutes each. Exact log p(x) of test rows in nats an image, "
+        'more is better; the target of a seed is where its VAE ended. "VAE\'s CPU s to its end": what the VAE needs '
+        "for where the method ended.",
+        (
+            "data set",
+            "rows",
+            "minutes",
+            "method",
+            "seeds",
+            "log p, test",
+            "best",
+            "worst",
+            "log p, train",
+            "better than VAE",
+            "reached target",
+            "median wall s to target",
+            "median CPU s to target",
+            "VAE's CPU s to its end",
+            "wall s",
+            "CPU s",
+        ),
+        pictures=("latent_maps.png",),
+        missing="python benchmarks/latent_maps.py",
+    ),
+    Table(
+        "discrete_mnist",
+        "Every objective on binarised MNIST",
+        "log p of the test rows with S = 5000 in nats an image. The references are test values after 4 million updates "
+        "of the usual binarisation; ours is a draw of its own.",
+        (
+            "model",
+            "objective",
+            "S",
+            "seed",
+            "log p",
+            "s.e.",
+            "KL(q||p)",
+            "test rows",
+            "epochs",
+            "updates",
+            "at equal CPU time",
+            *SPENT,
+        ),
+        key=lambda row: f"{row['model']} {row['objective']} S={row['S']}",
+        compared={"log p": 1, "KL(q||p)": -1},
+        missing="python benchmarks/discrete_mnist.py --epochs 100",
+    ),
+    Table(
+        "models_mnist",
+        "The deep models on MNIST",
+        "At the sizes of their papers, in nats an image on the first test rows; densities of grey values for vae and "
+        "cvae. The references are the tutorial authors' best test bounds.",
+        (
+            "model",
+            "seed",
+            "epochs",
+            "ELBO",
+            "ELBO + log 10",
+            "log p",
+            "s.e. over rows",
+            "cluster accuracy",
+            "classification error",
+            "test rows",
+            *SPENT,
+        ),
+        key=lambda row: row["model"],
+        compared={"ELBO": 1, "ELBO + log 10": 1, "cluster accuracy": 1},
+        derived={"ELBO + log 10": elbo_without_constant},
+        missing="python benchmarks/models.py --dataset mnist --all",
+    ),
+    Table(
+        "models_fashion_mnist",
+        "Every deep model on Fashion-MNIST",
+        "The same nets, and those of binary layers, in nats an image on the first test rows. Where the median effective "
+        "sample size is near 1, log p is a lower bound.",
+        (
+            "model",
+            "seed",
+            "epochs",
+            "trained by",
+            "ELBO",
+            "log p",
+            "s.e. over rows",
+            "median ESS",
+            "cluster accuracy",
+            "classification error",
+            "KL of a step, least / mean / most",
+            "test rows",
+            *SPENT,
+        ),
+        missing="python benchmarks/models.py --all",
+    ),
+    Table(
+        "criticism_imputation",
+        "Missing cells of real data",
+        "Gaps at random in training and test rows, columns in standard deviations of the training rows; log p of the "
+        "observed cells of test rows, in nats a row. The best is not always ours.",
+        (
+            "data",
+            "missing",
+            "method",
+            "seeds",
+            "RMSE",
+            "coverage of 90 %",
+            "log p(x_obs)",
+            "log p(x_obs) (estimate)",
+            "CPU s",
+        ),
+        missing="python benchmarks/criticism.py --only imputation",
+    ),
+    Table(
+        "criticism_anomaly",
+        "Anomalies among real data",
+        "One digit held out, a different one for each seed; malignant among benign. Conformal threshold at 10 %.",
+        (
+            "data",
+            "method",
+            "seeds",
+            "AUC",
+            "AP",
+            "false alarms at 10 %",
+            "bound (95 %)",
+            "detected at 10 %",
+            "CPU s",
+        ),
+        missing="python benchmarks/criticism.py --only anomaly",
+    ),
+    Table(
+        "criticism_comparison",
+        "Which architecture each criterion ranks first",
+        "Data from a known decoder: in how many of the seeds each architecture comes first.",
+        (
+            "criterion",
+            "seeds",
+            "L=1 affine first",
+            "L=1 H=1 first",
+            "L=1 H=3 (true) first",
+            "L=1 H=8 first",
+            "L=2 affine first",
+            "L=2 H=3 first",
+        ),
+        missing="python benchmarks/criticism.py --only comparison",
+    ),
+)
