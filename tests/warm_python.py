@@ -24,6 +24,7 @@ __all__ = ["WarmPython", "run_warm"]
 TESTS = Path(__file__).parent
 LIBRARIES = [
     "torch.distributed",
+    "torch._dynamo",  # which the first optimiser of a process imports
     "pyro",
     "numba",
     "arviz",
