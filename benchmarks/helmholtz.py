@@ -77,7 +77,7 @@ OBJECTIVES = {
 }
 OUTPUTS = ("bernoulli", "exclusive")
 PARTICLES = 500  # of a test row
-EVERY = 50  # steps between two looks at the validation rows
+EVERY, LOOKED_AT = 50, 1500  # steps between two looks at the validation rows, and of how many
 
 
 @dataclass(frozen=True)
@@ -250,14 +250,17 @@ def coins() -> Dataset:
 
 
 def load(name: str, output: str, options: Any) -> tuple[Dataset, Tensor]:
-    """The data with the test rows that are measured, and the groups of columns."""
+    """The data with the validation rows looked at and the test rows measured, and the groups of columns."""
     data = coins() if options.smoke else binary_table(name, options.data)
-    order = torch.randperm(
-        len(data.x_test), generator=torch.Generator().manual_seed(0)
-    )  # the same for everyone
+
+    def some(x: Tensor, most: int) -> Tensor:
+        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most]]
+
     seen = torch.cat([data.x_train, data.x_valid])
     groups = exclusive_groups(seen) if output == "exclusive" else torch.arange(seen.shape[1])[:, None]
-    return replace(data, x_test=data.x_test[order[: options.test_rows]]), groups
+    return replace(
+        data, x_valid=some(data.x_valid, LOOKED_AT), x_test=some(data.x_test, options.test_rows)
+    ), groups
 
 
 def run(
