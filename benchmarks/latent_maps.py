@@ -22,7 +22,8 @@ Everything runs in float64.
 
 Whatever trained, the figure is the exact log p(x) of the test rows, nats an image, more is better. The target of a seed is
 where its VAE ended: "to target" are the seconds of training until a method is there, evaluation not counted; "VAE's CPU s to
-its end" are the seconds that the VAE needs for where the method ends. "+-" is half of a 95 % t-interval over seeds.
+its end" are the seconds that the VAE needs for where the method ends, if it gets there for every seed. "+-" is half of a
+95 % t-interval over seeds.
 
 Prints a table and keeps it in benchmarks/results/latent_maps.csv, each run in latent_maps_runs.csv, log p(x) along each run
 in latent_maps_curves.csv and latent_maps.png.
@@ -190,6 +191,14 @@ def summary(rows: Sequence[dict[str, str]], points: dict[Key, list[Point]]) -> l
     return found
 
 
+def tabulate(runs: Path, along: Path, path: Path) -> tuple[list[dict[str, str]], dict[Key, list[Point]]]:
+    """Writes the table of all runs so far; returns it with their curves."""
+    points = curves(list(kept(along, (*KEYS, "point")).values()))
+    table = summary(list(kept(runs, KEYS).values()), points)
+    put(path, table, GROUP)
+    return table, points
+
+
 def draw(points: dict[Key, list[Point]], path: Path) -> None:
     """Exact log p(x) of the test rows against CPU seconds, a panel for each data set and limits."""
     panels = list(dict.fromkeys(key[:3] for key in points))
@@ -247,9 +256,8 @@ def main() -> None:
             row, curve = run(key, options, steps=2 if options.smoke else 10**9)
             put(paths[1], curve, (*KEYS, "point"))
             put(paths[0], [row], KEYS)
-        points = curves(list(kept(paths[1], (*KEYS, "point")).values()))
-        table = summary(list(kept(paths[0], KEYS).values()), points)
-        put(paths[2], table, GROUP)
+            tabulate(*paths)
+        table, points = tabulate(*paths)
         draw(points, place.results / "latent_maps.png")
         show(table)
 

@@ -131,6 +131,21 @@ def test_exclusive_columns_are_a_distribution(script):
     assert torch.allclose(single.log_prob(rows), bernoulli, atol=1e-12)
 
 
+def test_pairs_of_seeds_go_along_diagonals(script):
+    pairs = script("toys").diagonals(20, 20)
+    assert len(set(pairs)) == len(pairs) == 400
+    for seeds in zip(*pairs[:20], strict=True):
+        assert sorted(seeds) == list(range(20))
+    assert sorted(script("toys").diagonals(2, 3)) == list(itertools.product(range(2), range(3)))
+
+
+def test_target_is_reached_at_the_first_point_within_it(script):
+    shared = script("exact_or_amortised")
+    points = [shared.Point(1.0, 0.5, 3.0), shared.Point(2.0, 1.0, 1.9), shared.Point(3.0, 1.5, 1.8)]
+    assert shared.reached(points, 2.0) == points[1]
+    assert shared.reached(points, 1.0) is None
+
+
 def test_missing_data_are_named_with_where_they_were_sought(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYRO_CPA_DATA", str(tmp_path))
     with pytest.raises(Exception, match=f"DNA was not found; sought: {tmp_path / 'dna.npz'}"):
