@@ -166,7 +166,7 @@ def evidence_with(
 @cache
 def compile_all() -> None:
     """What is compiled on first use is compiled now."""
-    exact_steps(decoder_of(2, 64, 64, 3), torch.tensor(0.1), torch.randn(20, 3))
+    exact_steps(decoder_of(2, 32, 32, 3), torch.tensor(0.1), torch.randn(20, 3))
 
 
 def pruning(smoke: bool) -> Rows:
