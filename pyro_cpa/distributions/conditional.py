@@ -131,8 +131,9 @@ class CPAConditional(TorchDistribution):
     def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:  # noqa: B008
         """Exact completions: sample_shape + batch_shape + (D,), observed entries kept."""
         z = self._latent.sample(sample_shape).double()
-        z = z.reshape(-1, len(self._x), z.shape[-1])
-        decoded = torch.stack([self.joint.decode(draw) for draw in z])
+        chunks = self.joint.latent_chunks(z.reshape(-1, z.shape[-1]))
+        decoded = torch.cat([self.joint.decode(part) for _, part in chunks])
+        decoded = decoded.reshape(torch.Size(sample_shape).numel(), *self._x.shape)
         noise = torch.randn_like(decoded)
         if self.joint.noise.is_diagonal:
             x = torch.where(self._x.isnan(), decoded + self.joint.noise.scale * noise, self._x)
@@ -167,5 +168,5 @@ class CPAConditional(TorchDistribution):
             raise InvalidData(
                 "a completed datum differs from the observed entries: change only the missing ones"
             )
-        found = evidence(self.joint, full) - evidence(self.joint, known)
-        return found.reshape(shape).to(self._dtype)
+        observed = evidence(self.joint, self._x).reshape(self.batch_shape)
+        return (evidence(self.joint, full).reshape(shape) - observed).to(self._dtype)
