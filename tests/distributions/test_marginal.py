@@ -150,21 +150,19 @@ def test_gradients_by_finite_differences(sizes, noise, holes):
         p.requires_grad_()
     weights = torch.randn(6)
     (marginal().log_prob(x) * weights).sum().backward()
+    assert (x.grad[x.isnan()] == 0).all()
     step = 1e-5
     for p in [*parameters, x]:
-        found, flat = p.grad.flatten(), p.data.flatten()
-        for i in torch.randperm(flat.numel())[:4].tolist():
-            if flat[i].isnan():
-                assert found[i] == 0
-                continue
-            values = []
-            for sign in (1, -1):
-                with torch.no_grad():
-                    p.data.view(-1)[i] += sign * step
-                    values.append((marginal().log_prob(x) * weights).sum())
-                    p.data.view(-1)[i] -= sign * step
-            expected = (values[0] - values[1]) / (2 * step)
-            torch.testing.assert_close(found[i], expected, rtol=1e-6, atol=1e-7)
+        # Of all entries at once, along a random direction.
+        direction = torch.where(p.isnan(), 0.0, torch.randn_like(p))
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p += sign * step * direction
+                values.append((marginal().log_prob(x) * weights).sum())
+                p -= sign * step * direction
+        expected = (values[0] - values[1]) / (2 * step)
+        torch.testing.assert_close((p.grad * direction).sum(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_gradient_is_the_same_when_streamed_in_chunks():
@@ -197,8 +195,9 @@ def test_moments_and_samples_agree(sizes):
 
 def test_density_integrates_to_one():
     px = CPAMarginal(net(2, 6, 1), 0.4)
-    x = torch.linspace(-60, 60, 60001)[:, None]
-    assert abs(px.log_prob(x).exp().sum() * 0.002 - 1) < 1e-9
+    # The noise smooths the density over 0.4: sums over a grid of a tenth of that are exact to rounding.
+    x = torch.linspace(-60, 60, 3001)[:, None]
+    assert abs(px.log_prob(x).exp().sum() * 0.04 - 1) < 1e-9
 
 
 def test_rsample_gradient_matches_the_mean():
