@@ -123,30 +123,33 @@ def test_numbers_of_a_guide_are_those_of_the_draws():
 
 def test_posterior_predictive_and_prior_predictive_follow_their_laws():
     """x - centre ~ N(0, 0.7^2) given a draw; a priori Var x = 1 + L + 0.49. Five standard errors."""
-    data = to_arviz(AutoNormal(factor_model), DATA, model=factor_model, num_samples=400, prior_samples=600)
+    data = to_arviz(AutoNormal(factor_model), DATA, model=factor_model, num_samples=100, prior_samples=200)
     noise = data["posterior_predictive"]["x"].values - data["posterior"]["centre"].values
     count = noise.size
     assert abs(noise.mean()) < 5 * 0.7 / math.sqrt(count)
     assert abs(noise.var() - 0.49) < 5 * 0.49 * math.sqrt(2 / count)
-    x = data["prior_predictive"]["x"].values[0, :, 0, 0]
-    assert abs(x.var() - 3.49) < 5 * 3.49 * math.sqrt(2 / 600)
+    square = (data["prior_predictive"]["x"].values[0] ** 2).mean((-1, -2))
+    assert abs(square.mean() - 3.49) < 5 * square.std() / math.sqrt(200)
 
 
 def test_mcmc_chains_divergences_and_loo_against_the_closed_form():
     """Conjugate normal mean: the leave-one-out density is N(x_n; sum_others / N, 1 + 1 / N)."""
     x = DATA[:, 0]
-    mcmc = MCMC(NUTS(conjugate_model), num_samples=500, warmup_steps=200, disable_progbar=True)
+    # Steps of 1.7 deviations of the posterior: nearly independent draws, and nothing to adapt.
+    kernel = NUTS(conjugate_model, step_size=0.65, adapt_step_size=False, adapt_mass_matrix=False)
+    mcmc = MCMC(kernel, num_samples=250, warmup_steps=10, disable_progbar=True)
     mcmc.run(x)
     data = to_arviz(mcmc, prior_samples=0)
-    assert_complete(data, 1, 500)
+    assert_complete(data, 1, 250)
+    assert mcmc.diagnostics()["mean"]["n_eff"] > 150
     assert "prior" not in data
     assert data["sample_stats"]["diverging"].dtype == bool
     assert data["log_likelihood"].attrs["latents"] == "integrated out"
     elpd, pareto_k = pointwise_loo(data)
     others = x.sum() - x
     exact = dist.Normal(others / N, math.sqrt(1 + 1 / N)).log_prob(x).numpy()
-    # A chain of 500 has an effective size near 200: standard error of each term below 0.04.
-    assert np.abs(elpd - exact).max() < 0.2
+    # With an effective size of 150 the standard error of each term is below 0.05.
+    assert np.abs(elpd - exact).max() < 0.25
     assert pareto_k.max() < 0.7
 
 
@@ -245,15 +248,18 @@ def conjugate_draws(x, count):
 def test_arviz_functions_accept_the_result():
     """Summary, comparison and plots of either version; what ArviZ itself warns about is its own affair."""
     x = DATA[:, 0]
-    data = to_arviz(conjugate_draws(x, 1000), x, model=conjugate_model)
-    again = to_arviz(conjugate_draws(x, 1000), x, model=conjugate_model)
+    data, again = (to_arviz(conjugate_draws(x, 500), x, model=conjugate_model) for _ in range(2))
     assert "mean" in az.summary(data).index
     assert len(az.compare({"first": data, "second": again})) == 2
-    assert 0 < (az.loo(data).p if hasattr(az.loo(data), "p") else az.loo(data).p_loo) < 1.5
+    loo = az.loo(data, pointwise=True)
+    assert 0 < (loo.p if hasattr(loo, "p") else loo.p_loo) < 1.5
     az.plot_trace(data)
     az.plot_forest(data)
-    (az.plot_ppc_dist if hasattr(az, "plot_ppc_dist") else az.plot_ppc)(data)
-    az.plot_khat(az.loo(data, pointwise=True))
+    if hasattr(az, "plot_ppc_dist"):
+        az.plot_ppc_dist(data, num_samples=20)
+    else:
+        az.plot_ppc(data, num_pp_samples=20)
+    az.plot_khat(loo)
     matplotlib.pyplot.close("all")
 
 
