@@ -137,19 +137,19 @@ def test_mcmc_chains_divergences_and_loo_against_the_closed_form():
     x = DATA[:, 0]
     # Steps of 1.7 deviations of the posterior: nearly independent draws, and nothing to adapt.
     kernel = NUTS(conjugate_model, step_size=0.65, adapt_step_size=False, adapt_mass_matrix=False)
-    mcmc = MCMC(kernel, num_samples=250, warmup_steps=10, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=500, warmup_steps=10, disable_progbar=True)
     mcmc.run(x)
     data = to_arviz(mcmc, prior_samples=0)
-    assert_complete(data, 1, 250)
-    assert mcmc.diagnostics()["mean"]["n_eff"] > 150
+    assert_complete(data, 1, 500)
+    assert mcmc.diagnostics()["mean"]["n_eff"] > 250
     assert "prior" not in data
     assert data["sample_stats"]["diverging"].dtype == bool
     assert data["log_likelihood"].attrs["latents"] == "integrated out"
     elpd, pareto_k = pointwise_loo(data)
     others = x.sum() - x
     exact = dist.Normal(others / N, math.sqrt(1 + 1 / N)).log_prob(x).numpy()
-    # With an effective size of 150 the standard error of each term is below 0.05.
-    assert np.abs(elpd - exact).max() < 0.25
+    # With an effective size of 250 the standard error of each term is below 0.04.
+    assert np.abs(elpd - exact).max() < 0.2
     assert pareto_k.max() < 0.7
 
 
