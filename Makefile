@@ -7,6 +7,10 @@ PYTHON312 ?= $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/pyth
 	$$p -c "" 2>/dev/null && echo $$p && break; done)
 VENV312 ?= .venv312
 
+# Bytecode is compiled where it is first imported, not for all of PyTorch at installation: a minute less each time.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL = python -m pip install --quiet --no-compile
+
 # Two processes of one thread each beat one of two: most tests are many small tensor operations.
 RUN = OMP_NUM_THREADS=1
 ARGS_TEST ?= -n 2
@@ -15,10 +19,10 @@ ARGS_TEST ?= -n 2
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/$(INSTALL) --upgrade pip
 	# torch first and alone: a later range that it satisfies then installs nothing more.
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
+	$(BIN)/$(INSTALL) -c constraints.txt torch
+	$(BIN)/$(INSTALL) -c constraints.txt -e ".[$*]"
 	touch $@
 
 demo: $(VENV)/installed-demo
@@ -54,9 +58,9 @@ test-arviz1: $(VENV312)/installed
 $(VENV312)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON312)" || { echo "ArviZ 1.x needs Python >= 3.12: none found, set PYTHON312="; exit 1; }
 	test -x $(VENV312)/bin/python || $(PYTHON312) -m venv $(VENV312)
-	$(VENV312)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV312)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(VENV312)/bin/python -m pip install --quiet -c constraints.txt -e ".[test]" "arviz>=1.0"
+	$(VENV312)/bin/$(INSTALL) --upgrade pip
+	$(VENV312)/bin/$(INSTALL) -c constraints.txt torch
+	$(VENV312)/bin/$(INSTALL) -c constraints.txt -e ".[test]" "arviz>=1.0"
 	touch $@
 
 lint: $(VENV)/installed-test
