@@ -106,11 +106,12 @@ TABLES = (
     Table(
         "bounds_training",
         "What each objective reaches where log p(x) is known",
-        "Both nets trained from the same starts with 5 particles: exact log p(x) of the training rows per datum, less "
+        "Both nets trained from the same starts with S particles: exact log p(x) of the training rows per datum, less "
         "that of the model that drew them.",
         (
             "model",
             "objective",
+            "S",
             "log p(x)",
             "above the true model",
             "s.e. over seeds",
