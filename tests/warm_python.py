@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WarmPython", "run_warm"]
+__all__ = ["WarmPython", "run_warm", "two_ranks"]
 
 TESTS = Path(__file__).parent
 LIBRARIES = [
@@ -97,6 +98,20 @@ def run_warm(*arguments: str, timeout: float = 600, **options: Any) -> subproces
             process.kill()
         out, err = (Path(file).read_text() for file in files)
     return subprocess.CompletedProcess(arguments, code, out, err)
+
+
+def two_ranks(script: Path, *arguments: str) -> list[WarmPython]:
+    """Two processes of a script, told of each other by the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    shared |= {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    return [
+        WarmPython(str(script), *arguments, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
 
 
 def _interpret(

@@ -8,14 +8,12 @@ Each process scales the losses of its rows by (number of processes) / (rows of a
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from two_processes_ddp import OBJECTIVES
+from warm_python import two_ranks
 
 SCRIPT = Path(__file__).with_name("two_processes_ddp.py")
 
@@ -23,12 +21,7 @@ SCRIPT = Path(__file__).with_name("two_processes_ddp.py")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    assert [process.wait(300) for process in two_ranks(SCRIPT, str(folder))] == [0, 0]
     return [torch.load(folder / f"ddp{rank}.pt") for rank in range(2)]
 
 

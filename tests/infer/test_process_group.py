@@ -4,34 +4,24 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from exact_pairs import Exact
 from two_processes import FITS
-from warm_python import WarmPython
+from warm_python import WarmPython, two_ranks
 
 from pyro_cpa.errors import CPAError
 from pyro_cpa.infer import EM, AutoCPAPosterior
 from pyro_cpa.infer.process_group import Processes
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
 
 
 def start(job: str, folder: Path) -> list[WarmPython]:
-    """The two processes of a job, told of each other by the variables that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    return [
-        WarmPython(str(SCRIPT), job, str(folder), env=ENVIRONMENT | address | {"RANK": str(rank)})
-        for rank in range(2)
-    ]
+    return two_ranks(SCRIPT, job, str(folder))
 
 
 def run(job: str, folder: Path) -> list[dict]:
