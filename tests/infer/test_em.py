@@ -124,11 +124,12 @@ def test_ridge_is_monotone_in_the_penalised_objective_and_its_optimum(noise):
     )
     assert em.history[-1].objective == pytest.approx(em.history[-1].log_evidence - penalty.item(), rel=1e-10)
     # At the optimum of the last layer the gradient of the penalised expected loss vanishes.
-    for _ in range(200):
-        fit_of(model, blocks=("output",), ridge=3.0).step(x)
+    last = fit_of(model, blocks=("output",), ridge=3.0)
+    for _ in range(60):
+        last.step(x)
     loss = -em.guide.log_evidence(x).sum() + 1.5 * model.decoder[-1].weight.square().sum()
     gradient = torch.autograd.grad(loss, list(model.decoder[-1].parameters()))
-    assert max(g.abs().max() for g in gradient) < 1e-3
+    assert max(g.abs().max() for g in gradient) < 1e-5
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -158,19 +159,19 @@ def test_hidden_block_minimises_the_frozen_surrogate(bias, ridge):
 
 
 def test_direct_ascent_reaches_a_stationary_point():
-    model = Exact(1, 4, 2, seed=1)
-    x = circle(80)
+    model = Exact(1, 2, 2, seed=1)
+    x = circle(40)
     fit = fit_of(model, ExactML)
     history = fit.run(x, num_steps=60, tol=1e-7, progress=False)
     assert all(r.gain >= -1e-9 * abs(r.objective) for r in history)
     loss = -fit.guide.log_evidence(x).mean()
     gradient = torch.autograd.grad(loss, [p for p in model.parameters()])
-    assert max(g.abs().max() for g in gradient) < 2e-3
-    assert fit.evaluate_loss(x) == pytest.approx(loss.item() * 80)
-    accelerated = fit_of(Exact(1, 4, 2, seed=1), accelerate="lbfgs")
+    assert max(g.abs().max() for g in gradient) < 1e-4
+    assert fit.evaluate_loss(x) == pytest.approx(loss.item() * 40)
+    accelerated = fit_of(Exact(1, 2, 2, seed=1), accelerate="lbfgs")
     records = accelerated.run(x, num_steps=30, tol=1e-7, progress=False)
     assert all(r.gain >= -1e-9 * abs(r.objective) for r in records)
-    assert records[-1].log_evidence > history[-1].log_evidence - 0.03 * 80
+    assert records[-1].log_evidence > history[-1].log_evidence - 0.001 * 40
 
 
 def test_it_is_an_svi_object():
