@@ -236,7 +236,10 @@ def test_checkpoint_resumes_bit_for_bit(tmp_path, patience):
     def parameters(run):
         return [p.detach().clone() for p in (*run.model.parameters(), *run.guide.parameters())]
 
-    options = dict(num_steps=400, validation=(validation,), log_every=20, patience=patience, progress=False)
+    num_steps = 120 if patience is None else 400
+    options = dict(
+        num_steps=num_steps, validation=(validation,), log_every=20, patience=patience, progress=False
+    )
     run, parts = build()
     expected = list(
         run.fit(x, on_log=lambda r: save_checkpoint(tmp_path / f"{r.step}.pt", **parts), **options)

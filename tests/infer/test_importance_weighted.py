@@ -204,7 +204,7 @@ def test_dreg_with_an_autoguide_that_transforms():
     def grads(estimator):
         elbo = ImportanceWeightedELBO(5, estimator, vectorize_particles=True, max_plate_nesting=1)
         found = []
-        for _ in range(300):
+        for _ in range(120):
             loss = elbo.differentiable_loss(pair.model, pair.guide)
             found.append(torch.cat(torch.autograd.grad(loss, parameters)))
         found = torch.stack(found)
