@@ -76,7 +76,7 @@ def test_affine_decoder_is_least_squares(L):
 @pytest.mark.parametrize("L", [1, 2, 3, 4])
 def test_points_of_the_manifold_have_distance_zero(L):
     net = decoder(L)
-    x = net(torch.randn(50, L)).detach()
+    x = net(torch.randn(50 if L < 3 else 10, L)).detach()
     assert manifold_distance(CPAMarginal(net, 0.1), x).distance.max() < 1e-6
 
 
@@ -134,7 +134,7 @@ def test_polytopes_against_quadratic_programs(L, units, flat):
     """Also with decoders of fewer outputs than latents, of which every piece is flat in some direction."""
     outputs = 2 if flat else 6
     net = nn.Sequential(nn.Linear(L, units), nn.ReLU(), nn.Linear(units, outputs))
-    x = 3 * torch.randn(6, outputs)
+    x = 3 * torch.randn(4, outputs)
     x[1, 0] = math.nan
     px = CPAMarginal(net, 1.0)
     distance, latent = manifold_distance(px, x)
