@@ -132,9 +132,9 @@ def test_nan_is_reported():
 def test_chunks_of_looped_particles_change_nothing(name, estimator):
     pair = VARIANTS[name]()
     results = []
-    for chunk_size in (None, 1, 3, 7, 100):
+    for chunk_size in (None, 1, 3, 4, 100):
         pyro.set_rng_seed(5)
-        elbo = ImportanceWeightedELBO(7, estimator, chunk_size=chunk_size)
+        elbo = ImportanceWeightedELBO(4, estimator, chunk_size=chunk_size)
         loss = elbo.loss_and_grads(pair.model, pair.guide)
         params = [pyro.param(key).unconstrained() for key in pyro.get_param_store()]
         results.append((loss, torch.cat([p.grad.flatten() for p in params]), torch.rand(1)))
