@@ -7,7 +7,7 @@ PYTHON312 ?= $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/pyth
 	$$p -c "" 2>/dev/null && echo $$p && break; done)
 VENV312 ?= .venv312
 
-# Bytecode is compiled where it is first imported, not for all of PyTorch at installation: a minute less each time.
+# Bytecode is compiled where it is first imported, not for all of PyTorch at installation.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL = python -m pip install --quiet --no-compile
 

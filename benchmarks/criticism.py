@@ -25,8 +25,7 @@ import pyro.distributions as dist
 import torch
 from imputers import IMPUTERS
 from pyro.infer import SVI
-from runs import Folders, folders, kept, publish, put
-from scipy import stats
+from runs import Folders, folders, kept, mean_and_interval, publish, put
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.decomposition import PCA
 from sklearn.ensemble import IsolationForest
@@ -270,13 +269,8 @@ def summarise(
     for key, values in found.items():
         row: dict[str, object] = dict(zip(keys, key, strict=True)) | {"seeds": len(values)}
         for measure in measures:
-            numbers = np.array([v[measure] for v in values if measure in v])
-            if not len(numbers) or np.isnan(numbers).all():
-                row[measure] = ""
-                continue
-            error = numbers.std(ddof=1) / len(numbers) ** 0.5 if len(numbers) > 1 else np.nan
-            half = stats.t.ppf(0.975, max(len(numbers) - 1, 1)) * error
-            row[measure] = f"{numbers.mean():.3f} +- {half:.3f}"
+            numbers = [v[measure] for v in values if measure in v]
+            row[measure] = "" if np.isnan(numbers).all() else mean_and_interval(numbers)
         rows.append(row)
     return rows
 

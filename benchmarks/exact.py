@@ -23,7 +23,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule, PyroParam
+from exact_or_amortised import NoisyDecoder
 from runs import publish
 from scipy.special import log_ndtr
 from scipy.stats import multivariate_normal, norm
@@ -175,26 +175,17 @@ def peak_memory(smoke: bool) -> list[dict]:
     return rows
 
 
-class Published(PyroModule):
+def published(start: dict[str, np.ndarray]) -> NoisyDecoder:
     """A published starting point: decoder with leaky ReLU 0.1 and isotropic noise."""
-
-    def __init__(self, start: dict[str, np.ndarray]) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        count = sum(k.startswith("init_W") for k in start)
-        for i in range(count):
-            weight, bias = torch.as_tensor(start[f"init_W{i}"]), torch.as_tensor(start[f"init_v{i}"])
-            linear = nn.Linear(weight.shape[1], weight.shape[0]).double()
-            linear.weight.data, linear.bias.data = weight.clone(), bias.clone()
-            layers += [linear, nn.LeakyReLU(0.1)]
-        self.decoder = nn.Sequential(*layers[:-1])
-        scale = torch.as_tensor(start["init_var_x"]).double().mean().sqrt()
-        self.noise = PyroParam(scale, constraint=dist.constraints.positive)
-
-    def forward(self, x: torch.Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), self.noise).to_event(1), obs=x)
+    layers: list[nn.Module] = []
+    count = sum(k.startswith("init_W") for k in start)
+    for i in range(count):
+        weight, bias = torch.as_tensor(start[f"init_W{i}"]), torch.as_tensor(start[f"init_v{i}"])
+        linear = nn.Linear(weight.shape[1], weight.shape[0]).double()
+        linear.weight.data, linear.bias.data = weight.clone(), bias.clone()
+        layers += [linear, nn.LeakyReLU(0.1)]
+    scale = torch.as_tensor(start["init_var_x"]).double().mean().sqrt()
+    return NoisyDecoder(nn.Sequential(*layers[:-1]), 1, scale.item())
 
 
 STARTS = ("circle_small", "wave_small", "circle_large", "wave_large")
@@ -219,7 +210,7 @@ def end_points(smoke: bool) -> list[dict]:
         }
         for label, make in FITS.items():
             pyro.clear_param_store()
-            model = Published(start)
+            model = published(start)
             fit, options = make(model)
             begin = time.perf_counter()
             fit.run(x, progress=False, **(options | ({"num_steps": 2} if smoke else {})))
@@ -231,7 +222,7 @@ def end_points(smoke: bool) -> list[dict]:
     return rows
 
 
-def _guided(model: Published) -> tuple[Published, AutoCPAPosterior]:
+def _guided(model: NoisyDecoder) -> tuple[NoisyDecoder, AutoCPAPosterior]:
     return model, AutoCPAPosterior(model, decoder=model.decoder)
 
 

@@ -16,7 +16,6 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroParam
 from runs import Stopwatch, batches
-from scipy import stats
 from torch import Tensor, nn
 
 from pyro_cpa.infer import EM, AnalyticELBO, AutoCPAPosterior, ExactML
@@ -27,7 +26,6 @@ __all__ = [
     "NoisyDecoder",
     "Point",
     "better_than_vae",
-    "mean_and_interval",
     "reached",
     "seconds",
     "train",
@@ -39,12 +37,14 @@ class NoisyDecoder(PyroModule):
 
     Args:
         decoder: (..., L) to (..., D).
-        encoder: (..., D) to (..., 2 L), location and log scale.
         latent_dim: L.
         noise: initial standard deviation.
+        encoder: (..., D) to (..., 2 L), location and log scale; for the VAE alone.
     """
 
-    def __init__(self, decoder: nn.Module, encoder: nn.Module, latent_dim: int, noise: float) -> None:
+    def __init__(
+        self, decoder: nn.Module, latent_dim: int, noise: float, encoder: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.decoder, self.encoder, self.latent_dim = decoder, encoder, latent_dim
         self.noise = PyroParam(torch.tensor(noise), constraint=dist.constraints.positive)
@@ -179,14 +179,6 @@ def reached(points: Sequence[Point], target: float) -> Point | None:
 
 
 # ---- over runs -------------------------------------------------------------------------------------------
-
-
-def mean_and_interval(values: Sequence[float]) -> str:
-    """The mean, and half of a 95 % t-interval where there is more than one value."""
-    mean = f"{sum(values) / len(values):.3f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} +- {stats.sem(values) * stats.t.ppf(0.975, len(values) - 1):.3f}"
 
 
 def better_than_vae(losses: dict[tuple[str, ...], float], vae: dict[tuple[str, ...], float]) -> str:

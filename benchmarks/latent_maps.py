@@ -45,18 +45,18 @@ from exact_or_amortised import (
     NoisyDecoder,
     Point,
     better_than_vae,
-    mean_and_interval,
     reached,
     seconds,
     train,
 )
 from matplotlib.figure import Figure
-from runs import arguments, folders, kept, provenance, put, show
+from runs import arguments, folders, kept, mean_and_interval, provenance, put, show
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_cpa.datasets import dequantize, load_mnist
 from pyro_cpa.demo.data import digits
+from pyro_cpa.demo.model import start_near
 from pyro_cpa.models.networks import mlp
 
 __all__: list[str] = []
@@ -89,18 +89,14 @@ def data(name: str, rows: int, seed: int, options: Any) -> tuple[Tensor, Tensor]
 
 
 def net(x: Tensor, seed: int) -> NoisyDecoder:
-    """Walls where the prior has its mass, output and noise at mean and spread of the data."""
+    """At the demonstration's start, its noise the spread of the data."""
     torch.manual_seed(seed)
     D = x.shape[1]
     decoder = mlp(LATENTS, (HIDDEN,), D, activation=partial(nn.LeakyReLU, 0.1))
     encoder = mlp(D, (ENCODER, ENCODER), 2 * LATENTS)
-    mean = x.mean(0)
-    with torch.no_grad():
-        weight, bias = decoder[0].parameters()
-        weight.copy_(nn.functional.normalize(torch.randn_like(weight), dim=1))
-        bias.uniform_(-1.5, 1.5)
-        decoder[-1].get_parameter("bias").copy_(mean)
-    return NoisyDecoder(decoder, encoder, LATENTS, noise=(x - mean).square().mean().sqrt().item())
+    start_near(decoder, x)
+    spread = (x - x.mean(0)).square().mean().sqrt().item()
+    return NoisyDecoder(decoder, LATENTS, spread, encoder)
 
 
 def run(
@@ -248,7 +244,8 @@ def main() -> None:
     todo.sort(key=lambda key: (key[0], key[4]))  # an interrupted run has every method equally often
     with folders(options.smoke) as place:
         paths = [place.results / f"latent_maps{part}.csv" for part in ("_runs", "_curves", "")]
-        missing = [key for key in todo if tuple(map(str, key)) not in kept(paths[0], KEYS)]
+        done = kept(paths[0], KEYS)
+        missing = [key for key in todo if tuple(map(str, key)) not in done]
         if missing and not options.smoke:
             for method in METHODS:  # compiles, so that the first runs' seconds are like the others'
                 run(("digits", 60, 1.0, method, 0), options, steps=2)

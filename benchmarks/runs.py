@@ -36,6 +36,7 @@ __all__ = [
     "binary_table",
     "folders",
     "kept",
+    "mean_and_interval",
     "provenance",
     "publish",
     "put",
@@ -228,6 +229,16 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, heads, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+    """The mean, and half of a 95 % t-interval where there is more than one value."""
+    from scipy import stats
+
+    mean = f"{sum(values) / len(values):.3f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} +- {stats.sem(values) * stats.t.ppf(0.975, len(values) - 1):.3f}"
 
 
 def show(rows: Sequence[dict[str, Any]], leave_out: Sequence[str] = ("versions", "command")) -> None:

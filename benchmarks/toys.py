@@ -31,8 +31,8 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from exact_or_amortised import NoisyDecoder, better_than_vae, mean_and_interval, reached, seconds, train
-from runs import arguments, folders, kept, provenance, put, show
+from exact_or_amortised import NoisyDecoder, better_than_vae, reached, seconds, train
+from runs import arguments, folders, kept, mean_and_interval, provenance, put, show
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -82,7 +82,7 @@ def net(sizes: tuple[int, ...], seed: int) -> NoisyDecoder:
         nn.init.normal_(linear.bias)
         layers += [linear, nn.LeakyReLU(0.1)]
     encoder = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
-    return NoisyDecoder(nn.Sequential(*layers[:-1]), encoder, 1, noise=0.55)
+    return NoisyDecoder(nn.Sequential(*layers[:-1]), 1, 0.55, encoder)
 
 
 def run(curve: str, size: str, data_seed: int, weight_seed: int, method: str, smoke: bool) -> dict[str, Any]:
@@ -167,16 +167,23 @@ def main() -> None:
     keys = [tuple(map(str, key)) for key in todo]
     with folders(options.smoke) as place:
         path = place.results / "toys_runs.csv"
-        if not options.smoke and not kept(path, KEYS).keys() >= set(keys):
+
+        def tabulate() -> list[dict[str, str]]:
+            """Writes the table of all runs so far."""
+            done = kept(path, KEYS)
+            rows = summary([done[key] for key in keys if key in done], command)
+            put(place.results / "toys.csv", rows, ("curve", "net", "method"))
+            return rows
+
+        done = kept(path, KEYS)
+        missing = [key for key, name in zip(todo, keys, strict=True) if name not in done]
+        if missing and not options.smoke:
             for method in STEPS:  # compiles, so that the first runs' seconds are like the others'
                 run(*todo[0][:-1], method, smoke=True)
-        for key, name in zip(tqdm(todo, desc="runs"), keys, strict=True):
-            if name not in kept(path, KEYS):
-                put(path, [run(*key, options.smoke)], KEYS)
-            done = kept(path, KEYS)
-            rows = summary([done[other] for other in keys if other in done], command)
-            put(place.results / "toys.csv", rows, ("curve", "net", "method"))
-        show(rows)
+        for key in tqdm(missing, desc="runs"):
+            put(path, [run(*key, options.smoke)], KEYS)
+            tabulate()
+        show(tabulate())
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroParam
 from pyro.nn.module import pyro_method
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from ..models.networks import GaussianNetwork, mlp
 
-__all__ = ["DemoModel"]
+__all__ = ["DemoModel", "start_near"]
 
 
 class DemoModel(PyroModule):
@@ -45,7 +45,7 @@ class DemoModel(PyroModule):
         self.sigma: Any = PyroParam(spread, constraints.positive)
         self.register_buffer("origin", torch.zeros(latent_dim))
         self.to(train.dtype)
-        self._start_near(train)
+        start_near(self.decoder, train)
 
     @pyro_method
     def model(self, x: Tensor) -> None:
@@ -58,14 +58,15 @@ class DemoModel(PyroModule):
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.encode(x))
 
-    @torch.no_grad()
-    def _start_near(self, train: Tensor) -> None:
-        """Put the decoder's walls where the prior has its mass, and its output around the data's mean."""
-        weight, bias = self.decoder[0].parameters()
-        weight.copy_(torch.nn.functional.normalize(torch.randn_like(weight), dim=1))
-        bias.uniform_(-1.5, 1.5)
-        self.decoder[-1].get_parameter("bias").copy_(train.nanmean(0))
-
     def encode(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x) of every row."""
         return self.encoder(x.nan_to_num(), x.isnan().to(x.dtype))
+
+
+@torch.no_grad()
+def start_near(decoder: nn.Sequential, train: Tensor) -> None:
+    """Put the decoder's walls where the prior has its mass, and its output around the data's mean."""
+    weight, bias = decoder[0].parameters()
+    weight.copy_(nn.functional.normalize(torch.randn_like(weight), dim=1))
+    bias.uniform_(-1.5, 1.5)
+    decoder[-1].get_parameter("bias").copy_(train.nanmean(0))

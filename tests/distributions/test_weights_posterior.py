@@ -64,6 +64,6 @@ def test_nuts_over_two_weights_recovers_a_grid_posterior():
     mcmc.run()
     found = mcmc.get_samples()["w"]
     ess = mcmc.diagnostics()["w"]["n_eff"].clamp(max=120)
-    assert (ess > 30).all()
+    assert (ess > 50).all()
     assert ((found.mean(0) - mean).abs() < 5 * spread / ess.sqrt()).all()
     assert ((found.std(0) / spread - 1).abs() < 5 / (2 * ess).sqrt()).all()

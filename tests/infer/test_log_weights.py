@@ -129,7 +129,8 @@ def test_vectorised_particles_have_the_looped_ones_distribution(name):
     with torch.no_grad():
         looped = weights_of(pair, num_particles=150, vectorize=False)
         vectorised = weights_of(pair, num_particles=3000, vectorize=True)
-    assert looped.log_p.shape[1:] == vectorised.log_p.shape[1:]
+    axes = looped.log_p.shape[1:]
+    assert looped.log_p.shape == (150, *axes) and vectorised.log_p.shape == (3000, *axes)
     error = (looped.log_w.var(0) / 150 + vectorised.log_w.var(0) / 3000).sqrt()
     assert ((looped.log_w.mean(0) - vectorised.log_w.mean(0)).abs() < 5 * error).all()
 
