@@ -8,15 +8,31 @@ One class for the line, one for all other dimensions; the enumeration knows only
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import RegionBudgetExceeded
 from .cells import Cells, Intervals
 from .walls import Walls
 
-__all__ = ["Arrangement", "Line"]
+__all__ = ["Arrangement", "Budget", "Line"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many cells there may be, and which layer is being cut."""
+
+    max_regions: int
+    place: str
+
+    def check(self, count: int) -> None:
+        if count > self.max_regions:
+            raise RegionBudgetExceeded(
+                f"the decoder has more regions than max_regions={self.max_regions}: {count} reached at "
+                f"{self.place}. Raise max_regions, or use fewer units or layers."
+            )
 
 
 class Arrangement(ABC):
@@ -25,12 +41,12 @@ class Arrangement(ABC):
     cells: Cells
 
     @abstractmethod
-    def cut(self, walls: Walls, check: Callable[[int], None]) -> Tensor:
+    def cut(self, walls: Walls, budget: Budget) -> Tensor:
         """Cut every cell by its walls.
 
         Args:
             walls: walls that cross their cells.
-            check: called with each new number of cells before they are made; raises if they are too many.
+            budget: checked before the cells are made.
 
         Returns:
             (R,) for each new cell the index of the old one that it is part of, ascending.
@@ -48,7 +64,7 @@ class Line(Arrangement):
         infinity = like.new_full((1,), torch.inf)
         self.cells: Intervals = Intervals(-infinity, infinity)
 
-    def cut(self, walls: Walls, check: Callable[[int], None]) -> Tensor:
+    def cut(self, walls: Walls, budget: Budget) -> Tensor:
         # Walls that cross a cell lie inside it, so that sorting all of them sorts them within the cells.
         points, order = (walls.offset * walls.normal[:, 0]).sort()
         noise = (walls.tilt * walls.offset.abs() + walls.shift)[order]
@@ -56,7 +72,7 @@ class Line(Arrangement):
         apart[1:] = points.diff() > noise[1:] + noise[:-1]
         points = points[apart]
         old = self.cells.upper
-        check(len(old) + len(points))
+        budget.check(len(old) + len(points))
         upper = torch.cat([points, old]).sort().values
         self.cells = Intervals(torch.cat([self.cells.lower[:1], upper[:-1]]), upper)
         return torch.searchsorted(old, upper)

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..compiled import runs_compiled
-from ..errors import InvalidData, RegionBudgetExceeded
-from .arrangement import Arrangement, Line
+from ..errors import InvalidData
+from .arrangement import Arrangement, Budget, Line
 from .crossing import Crossing, crossing_units
 from .families import Chain
 from .graph import Graph, homogeneous_basis
@@ -48,16 +48,9 @@ def cut_layer_by_layer(
         if isinstance(layer, Elementwise) and layer.switches:
             place = network.places[index]
 
-            def check(count: int, place: str = place) -> None:
-                if count > max_regions:
-                    raise RegionBudgetExceeded(
-                        f"the decoder has more regions than max_regions={max_regions}: {count} reached at "
-                        f"{place}. Raise max_regions, or use fewer units or layers."
-                    )
-
             # The units' inputs are affine on every cell so far.
             crossing, walls = _crossing(arrangement, maps, index, layer, place, bar)
-            parents = arrangement.cut(walls, check)
+            parents = arrangement.cut(walls, Budget(max_regions, place))
             points = arrangement.cells.interior_points().to(like.device)
             maps.lineage.append(crossing.generation(parents, points, layer))
             bar.set_postfix_str(f"{len(arrangement.cells)} after {place}")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrangement import Arrangement
+from ..compiled import array, runs_compiled
+from .arrangement import Arrangement, Budget
 from .convex import DivisibleCells
 from .polygons import Polygons
 from .polytopes import Polytopes
@@ -23,7 +24,7 @@ class Plane(Arrangement):
     """The plane, or R^dim for any larger dim, cut into convex cells.
 
     All cells are cut at once, each by one of its walls; the parts inherit the walls that cross them, until
-    none is left.
+    none is left. Where loops are compiled, polygons are cut one after the other instead, into the same parts.
     """
 
     def __init__(self, like: Tensor, dim: int = 2) -> None:
@@ -33,11 +34,31 @@ class Plane(Arrangement):
         self._slots = torch.zeros(1, dtype=torch.long, device=like.device)
         self._tree = _CutTree()
 
-    def cut(self, walls: Walls, check: Callable[[int], None]) -> Tensor:
-        R = len(self.cells)
+    def cut(self, walls: Walls, budget: Budget) -> Tensor:
         # Cleanest first, so that an exact wall decides before its noisy copy does.
         walls = walls[walls.tilt.log10().floor().argsort(stable=True)]
         walls = walls[walls.cell.argsort(stable=True)]
+        if isinstance(self.cells, Polygons) and runs_compiled(walls.offset):
+            return self._cut_polygons(self.cells, walls, budget)
+        return self._cut_at_once(walls, budget)
+
+    def _cut_polygons(self, cells: Polygons, walls: Walls, budget: Budget) -> Tensor:
+        from .polygons_compiled import cut
+
+        fields = cells.normals, cells.offsets, cells.starts, cells.ends
+        rows = torch.column_stack([walls.normal, walls.offset, walls.tilt, walls.shift])
+        first = torch.searchsorted(walls.cell, torch.arange(len(cells) + 1))
+        arrays = [array(t) for t in (*fields, rows, first, self._slots)]
+        kernel: Callable[..., Any] = cut
+        *found, count = kernel(*arrays, len(self._tree), budget.max_regions)
+        budget.check(count)
+        edges, begin, parents, slots, node_slots, node_walls = map(torch.from_numpy, found)
+        self._tree.add(node_slots, walls[node_walls])
+        self.cells, self._slots = Polygons.of_edges(edges, begin), slots
+        return parents
+
+    def _cut_at_once(self, walls: Walls, budget: Budget) -> Tensor:
+        R = len(self.cells)
         cells: Any = self.cells
         slots = self._slots
         parents = torch.arange(R, device=slots.device)
@@ -51,7 +72,7 @@ class Plane(Arrangement):
             cells, parents, slots = cells[pending], parents[pending], slots[pending]
             walls = walls.of((pending.cumsum(0) - 1)[walls.cell])
             count += len(cells)
-            check(count)
+            budget.check(count)
             is_first = torch.ones_like(walls.cell, dtype=torch.bool)
             is_first[1:] = walls.cell.diff() > 0
             chosen, rest = walls[is_first], walls[~is_first]
@@ -80,6 +101,9 @@ class _CutTree:
         self._walls: list[tuple[Tensor, Tensor, Tensor]] = []
         self._size = 0
         self._table: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self._size
 
     def add(self, slots: Tensor, walls: Walls) -> Tensor:
         """Put one node into each of ``slots``; returns the slots of all lower, then of all upper children."""

@@ -55,6 +55,18 @@ class Polygons(DivisibleCells):
         return Polygons(like.new_zeros(1, 0, 2), empty, empty, empty)
 
     @staticmethod
+    def of_edges(edges: Tensor, first: Tensor) -> Polygons:
+        """Cells from rows (normal, offset, start, end); those of cell r are ``first[r]`` to ``first[r + 1] - 1``."""
+        many = first.diff()
+        cell = torch.repeat_interleave(many)
+        place = cell, torch.arange(len(edges), device=first.device) - first[cell]
+        fields = edges.new_zeros(len(many), int(many.max()), 5)
+        fields[..., 2] = torch.inf
+        fields[place] = edges
+        normals, *others = (part.squeeze(-1).contiguous() for part in fields.split([2, 1, 1, 1], -1))
+        return Polygons(normals, *others)
+
+    @staticmethod
     def cat(parts: Sequence[Polygons]) -> Polygons:
         """All cells of ``parts``, in order."""
         edges = max(part.offsets.shape[1] for part in parts)
