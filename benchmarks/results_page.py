@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -51,6 +52,23 @@ def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
     return [line(heads), "|" + " --- |" * len(heads), *map(line, rows)]
 
 
+def orders(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) -> list[str]:
+    """Which of two rows is ahead in the references, and whether it is here."""
+    quantity, *group = table.ordered
+    sign, lines = table.compared[quantity], []
+    known = [row for row in rows if (table.key(row), quantity) in theirs]
+    for a, b in itertools.permutations(known, 2):
+        ours = [float(number(row[quantity]) or 0.0) for row in (a, b)]
+        reference = [float(theirs[table.key(row), quantity]["value"]) for row in (a, b)]
+        if all(a[c] == b[c] for c in group) and sign * (reference[0] - reference[1]) > 0:
+            holds = "holds" if sign * (ours[0] - ours[1]) > 0 else "does not hold"
+            lines.append(
+                f"- {table.key(a)} ahead of {table.key(b)} in {quantity}: {holds} "
+                f"(reference {reference[0]:g} and {reference[1]:g}, here {ours[0]:g} and {ours[1]:g})."
+            )
+    return ["Orders of the references:", "", *lines, ""] if lines else []
+
+
 def section(table: Table, references: list[Row]) -> list[str]:
     rows = [
         row | {k: f(row) for k, f in table.derived.items()}
@@ -86,6 +104,8 @@ def section(table: Table, references: list[Row]) -> list[str]:
                 )
     if behind:
         lines += ["Behind:", "", *(line.replace("*", "\\*") for line in behind), ""]
+    if table.ordered:
+        lines += orders(table, rows, theirs)
     absent = sorted({row for row, _ in theirs} - {table.key(row) for row in rows})
     if absent:
         lines += [f"No figure yet, with a reference waiting: {', '.join(absent)}.", ""]

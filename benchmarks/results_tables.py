@@ -25,6 +25,7 @@ class Table:
         compared: quantities that have references, and +1 where more is better, -1 where less is.
         derived: further columns.
         pictures: shown below.
+        ordered: the quantity by which rows are ranked, and the columns in which ranked rows agree.
         shown: which rows are; the others are in the file.
         missing: the command for a row that has no figure yet.
     """
@@ -37,6 +38,7 @@ class Table:
     compared: dict[str, int] = field(default_factory=dict)
     derived: dict[str, Callable[[Row], str]] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
+    ordered: tuple[str, ...] = ()
     shown: Callable[[Row], bool] = lambda row: True
     missing: str = ""
 
@@ -187,6 +189,7 @@ TABLES = (
             "seed",
             "log p",
             "s.e.",
+            "to the best",
             "KL(q||p)",
             "test rows",
             "epochs",
@@ -196,6 +199,8 @@ TABLES = (
         ),
         key=lambda row: f"{row['model']} {row['objective']} S={row['S']}",
         compared={"log p": 1, "KL(q||p)": -1},
+        pictures=("discrete_mnist.png",),
+        ordered=("log p", "model", "S"),
         missing="python benchmarks/discrete_mnist.py --epochs 100",
     ),
     Table(
