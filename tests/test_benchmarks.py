@@ -107,6 +107,45 @@ def test_page_says_where_we_are_behind(script, tmp_path, monkeypatch):
     assert "DNA, bernoulli, BiHM: -log p is 90, 3.50 behind 86.5 (paper), after 7 epochs and 60 s" in behind
 
 
+def test_page_says_which_orders_of_the_references_hold(script, tmp_path, monkeypatch):
+    page = script("results_page")
+    monkeypatch.setattr(page, "HERE", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/discrete_mnist.csv").write_text(
+        "model,objective,S,log p,epochs,training CPU s\n"
+        "vae,TVO,5,-100.0,1,9\nvae,IWAE,5,-101.0,1,9\nvae,DReG,5,-99.0,1,9\nvae,DReG,10,-98.0,1,9\n"
+    )
+    theirs = {"TVO S=5": "-89.9", "IWAE S=5": "-88.45", "DReG S=5": "-88.1", "DReG S=10": "-87.85"}
+    references = [
+        {
+            "table": "discrete_mnist",
+            "row": f"vae {row}",
+            "quantity": "log p",
+            "value": value,
+            "source": "paper",
+        }
+        for row, value in theirs.items()
+    ]
+    (table,) = [table for table in page.TABLES if table.name == "discrete_mnist"]
+    lines = [line for line in page.section(table, references) if "ahead of" in line]
+    assert [line.split(" (")[0] for line in sorted(lines)] == [
+        "- vae DReG S=5 ahead of vae IWAE S=5 in log p: holds",
+        "- vae DReG S=5 ahead of vae TVO S=5 in log p: holds",
+        "- vae IWAE S=5 ahead of vae TVO S=5 in log p: does not hold",
+    ]
+
+
+def test_runs_are_compared_row_by_row(script):
+    """A difference of rows has a smaller error than the rows have."""
+    benchmark = script("discrete_mnist")
+    keys = [("vae", objective, "5", "0") for objective in ("TVO", "IWAE")] + [("sbn", "TVO", "5", "0")]
+    rows = [dict(zip(benchmark.KEYS, key, strict=True)) for key in keys]
+    texts = ["-100 -50 -10", "-103 -51 -12", "-1 -2 -3"]
+    singles = {key: {"log p of the test rows": text} for key, text in zip(keys, texts, strict=True)}
+    found = benchmark.to_the_best(rows, singles)
+    assert [row["to the best"] for row in found] == ["", "-2.000 +- 0.577", ""]
+
+
 def test_exclusive_columns_are_a_distribution(script):
     """Probabilities of all allowed rows sum to one; groups of one column are independent Bernoulli entries."""
     columns = script("exclusive_columns")
