@@ -132,29 +132,44 @@ def test_ridge_is_monotone_in_the_penalised_objective_and_its_optimum(noise):
     assert max(g.abs().max() for g in gradient) < 1e-5
 
 
+@pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("ridge", [0.0, 2.0])
-def test_hidden_block_minimises_the_frozen_surrogate(bias, ridge):
+@pytest.mark.parametrize("block", ["hidden", "output"])
+def test_block_minimises_the_frozen_surrogate(block, ridge, bias, noise):
     from pyro_cpa.distributions.fisher import expected_statistics
     from pyro_cpa.infer import m_step
 
     torch.manual_seed(0)
     decoder = nn.Sequential(
-        nn.Linear(1, 4, bias), nn.LeakyReLU(0.2), nn.Linear(4, 3), nn.LeakyReLU(0.2), nn.Linear(3, 2)
+        nn.Linear(1, 4, bias),
+        nn.LeakyReLU(0.2),
+        nn.Linear(4, 3, bias),
+        nn.LeakyReLU(0.2),
+        nn.Linear(3, 2, bias),
     )
-    px = CPAMarginal(decoder, torch.tensor([0.3, 0.5]))
+    spread = torch.as_tensor(NOISES[noise])
+    px = CPAMarginal(
+        decoder, **({"scale": spread} if spread.dim() < 2 else {"covariance_matrix": spread @ spread.mT})
+    )
     x = torch.randn(40, 2)
     _, statistics = expected_statistics(px.joint, x)
-    new, new_bias = m_step.hidden_layer(px.partition, statistics, px.joint.noise.scale, ridge, 0, 500, 1e-13)
+    scale = px.joint.noise.scale
+    if block == "hidden":
+        layer = decoder[0]
+        new, new_bias = m_step.hidden_layer(px.partition, statistics, scale, ridge, 0, 500, 1e-13)
+    else:
+        layer = decoder[-1]
+        new, new_bias, _ = m_step.output_layer(px.partition, statistics, scale, ridge)
     with torch.no_grad():
-        decoder[0].weight.copy_(new)
+        layer.weight.copy_(new)
         if bias:
-            decoder[0].bias.copy_(new_bias)
+            layer.bias.copy_(new_bias)
     # Activation patterns stay those of the E-step: affine_maps keeps them frozen.
     slopes, offsets = px.partition.affine_maps()
-    loss = -statistics.expected_log_likelihood(slopes, offsets, px.joint.noise.scale)
-    loss = loss + 0.5 * ridge * decoder[0].weight.square().sum()
-    for gradient in torch.autograd.grad(loss, list(decoder[0].parameters())):
+    loss = -statistics.expected_log_likelihood(slopes, offsets, scale)
+    loss = loss + 0.5 * ridge * layer.weight.square().sum()
+    for gradient in torch.autograd.grad(loss, list(layer.parameters())):
         assert gradient.abs().max() < 1e-6
 
 
