@@ -261,6 +261,13 @@ def load(name: str, output: str, options: Any) -> tuple[Dataset, Tensor]:
     ), groups
 
 
+def option(changed: tuple[str, Any]) -> str:
+    """A field of the recipe on the command line."""
+    key, value = changed
+    words = [] if value is True else value if isinstance(value, tuple) else [value]
+    return " ".join([f" --{key}", *map(str, words)])
+
+
 def run(
     name: str, objective: str, output: str, options: Any, recipe: Recipe, place: Folders
 ) -> dict[str, Any]:
@@ -270,14 +277,8 @@ def run(
     layers = (8, 4) if options.smoke else LAYERS[name]
     data, groups = load(name, output, options)
     model = Machine(layers, data.x_train, groups, recipe.transposed)
-    tag = (
-        ""
-        if recipe == Recipe()
-        else "_"
-        + "_".join(
-            f"{key}-{value}" for key, value in asdict(recipe).items() if value != getattr(Recipe(), key)
-        ).replace(" ", "")
-    )
+    changed = {key: value for key, value in asdict(recipe).items() if value != getattr(Recipe(), key)}
+    tag = "".join(f"_{key}-{value}" for key, value in changed.items()).replace(" ", "")
     path = place.checkpoints / f"helmholtz_{name}_{objective}_{output}_seed{options.seed}{tag}.pt"
     limits = Limits(options.steps, options.minutes)
     search = fit(model, data, OBJECTIVES[objective], recipe, limits, path, options.seed)
@@ -301,7 +302,9 @@ def run(
         "training CPU s": f"{search.cpu:.0f}",
         **provenance(),
         "command": f"python benchmarks/helmholtz.py --data-set {name} --objective {objective} --x {output} "
-        f"--seed {options.seed}" + ("" if ended else f" --steps {search.steps}"),
+        f"--seed {options.seed}"
+        + "".join(map(option, changed.items()))
+        + ("" if ended else f" --steps {search.steps}"),
     }
 
 
