@@ -77,6 +77,7 @@ OBJECTIVES = {
 }
 OUTPUTS = ("bernoulli", "exclusive")
 PARTICLES = 500  # of a test row
+BATCH = 100
 EVERY, LOOKED_AT = 50, 1500  # steps between two looks at the validation rows, and of how many
 
 
@@ -87,7 +88,7 @@ class Recipe:
     Args:
         lr: of the first stage.
         stages: factors of the learning rate, one a stage.
-        patience: looks without improvement after which a stage ends, and as many epochs.
+        patience: a stage ends after as many looks, and as many epochs, without improvement.
         particles: S; the last stage has ``refine`` of them.
         laplace: rate r of a Laplace prior on the weights (not biases): r sum |w| is added to the sum over all
             training rows, of which a batch carries its share.
@@ -157,12 +158,12 @@ def fit(
     parts = {"model": model, "optim": optim, "search": search}
     if path.exists():
         load_checkpoint(path, **parts)
-    source = batches(data.x_train, size=100, seed=seed, steps=search.steps)
+    source = batches(data.x_train, size=BATCH, seed=seed, steps=search.steps)
     matrices = [value for name, value in model.named_parameters() if name.endswith("weight")]
     last = len(recipe.stages) - 1
     bar = tqdm(desc=path.stem, initial=search.steps, mininterval=5.0)
     every = min(EVERY, limits.steps)
-    patience = recipe.patience * max(1, len(data.x_train) / 100 / every)
+    patience = recipe.patience * max(1, len(data.x_train) / BATCH / every)
     begun, saved = time.process_time(), time.perf_counter()
     end = begun + 60 * limits.minutes
     while search.stage <= last and search.steps < limits.steps and time.process_time() < end:
@@ -296,7 +297,7 @@ def run(
         )
     return row | {
         "layers": "-".join(map(str, layers)),
-        "epochs": f"{search.steps / math.ceil(len(data.x_train) / 100):.0f}",
+        "epochs": f"{search.steps / math.ceil(len(data.x_train) / BATCH):.0f}",
         "ended": "yes" if ended else "no, out of time",
         "training wall s": f"{search.wall:.0f}",
         "training CPU s": f"{search.cpu:.0f}",

@@ -56,15 +56,17 @@ def orders(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) ->
     """Which of two rows is ahead in the references, and whether it is here."""
     quantity, *group = table.ordered
     sign, lines = table.compared[quantity], []
-    known = [row for row in rows if (table.key(row), quantity) in theirs]
-    for a, b in itertools.permutations(known, 2):
-        ours = [float(number(row[quantity]) or 0.0) for row in (a, b)]
-        reference = [float(theirs[table.key(row), quantity]["value"]) for row in (a, b)]
-        if all(a[c] == b[c] for c in group) and sign * (reference[0] - reference[1]) > 0:
-            holds = "holds" if sign * (ours[0] - ours[1]) > 0 else "does not hold"
+    known = [
+        (row, float(theirs[table.key(row), quantity]["value"]), own)
+        for row in rows
+        if (table.key(row), quantity) in theirs and (own := number(row[quantity])) is not None
+    ]
+    for (a, first, ours), (b, second, other) in itertools.permutations(known, 2):
+        if all(a[c] == b[c] for c in group) and sign * (first - second) > 0:
+            holds = "holds" if sign * (ours - other) > 0 else "does not hold"
             lines.append(
                 f"- {table.key(a)} ahead of {table.key(b)} in {quantity}: {holds} "
-                f"(reference {reference[0]:g} and {reference[1]:g}, here {ours[0]:g} and {ours[1]:g})."
+                f"(reference {first:g} and {second:g}, here {ours:g} and {other:g})."
             )
     return ["Orders of the references:", "", *lines, ""] if lines else []
 

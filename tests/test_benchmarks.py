@@ -90,45 +90,44 @@ def test_references_are_numbers_with_a_source():
     assert len(set(keys)) == len(keys)
 
 
-def test_page_says_where_we_are_behind(script, tmp_path, monkeypatch):
+@pytest.fixture
+def section(script, tmp_path, monkeypatch):
+    """The lines of a table's section, from its results and the references {(row, quantity): value}."""
     page = script("results_page")
     monkeypatch.setattr(page, "HERE", tmp_path)
     (tmp_path / "results").mkdir()
-    (tmp_path / "results/helmholtz.csv").write_text(
-        "data set,objective,x,-log p,-log p*,epochs,training CPU s\nDNA,BiHM,bernoulli,90.0 +- 0.3,80.0,7,60\n"
+
+    def lines(name, results, theirs):
+        (tmp_path / f"results/{name}.csv").write_text(results)
+        references = [
+            {"table": name, "row": row, "quantity": quantity, "value": value, "source": "paper"}
+            for (row, quantity), value in theirs.items()
+        ]
+        (table,) = [table for table in page.TABLES if table.name == name]
+        return page.section(table, references)
+
+    return lines
+
+
+def test_page_says_where_we_are_behind(section):
+    lines = section(
+        "helmholtz",
+        "data set,objective,x,-log p,-log p*,epochs,training CPU s\nDNA,BiHM,bernoulli,90.0 +- 0.3,80.0,7,60\n",
+        {("DNA BiHM", "-log p"): "86.5", ("DNA BiHM", "-log p*"): "86.5"},
     )
-    reference = {"table": "helmholtz", "row": "DNA BiHM", "source": "paper"}
-    references = [
-        reference | {"quantity": "-log p", "value": "86.5"},
-        reference | {"quantity": "-log p*", "value": "86.5"},
-    ]
-    lines = page.section(page.TABLES[0], references)
     (behind,) = [line for line in lines if line.startswith("- ")]
     assert "DNA, bernoulli, BiHM: -log p is 90, 3.50 behind 86.5 (paper), after 7 epochs and 60 s" in behind
 
 
-def test_page_says_which_orders_of_the_references_hold(script, tmp_path, monkeypatch):
-    page = script("results_page")
-    monkeypatch.setattr(page, "HERE", tmp_path)
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results/discrete_mnist.csv").write_text(
-        "model,objective,S,log p,epochs,training CPU s\n"
-        "vae,TVO,5,-100.0,1,9\nvae,IWAE,5,-101.0,1,9\nvae,DReG,5,-99.0,1,9\nvae,DReG,10,-98.0,1,9\n"
-    )
+def test_page_says_which_orders_of_the_references_hold(section):
     theirs = {"TVO S=5": "-89.9", "IWAE S=5": "-88.45", "DReG S=5": "-88.1", "DReG S=10": "-87.85"}
-    references = [
-        {
-            "table": "discrete_mnist",
-            "row": f"vae {row}",
-            "quantity": "log p",
-            "value": value,
-            "source": "paper",
-        }
-        for row, value in theirs.items()
-    ]
-    (table,) = [table for table in page.TABLES if table.name == "discrete_mnist"]
-    lines = [line for line in page.section(table, references) if "ahead of" in line]
-    assert [line.split(" (")[0] for line in sorted(lines)] == [
+    lines = section(
+        "discrete_mnist",
+        "model,objective,S,log p,epochs,training CPU s\n"
+        "vae,TVO,5,-100.0,1,9\nvae,IWAE,5,-101.0,1,9\nvae,DReG,5,-99.0,1,9\nvae,DReG,10,-98.0,1,9\n",
+        {(f"vae {row}", "log p"): value for row, value in theirs.items()},
+    )
+    assert [line.split(" (")[0] for line in sorted(lines) if "ahead of" in line] == [
         "- vae DReG S=5 ahead of vae IWAE S=5 in log p: holds",
         "- vae DReG S=5 ahead of vae TVO S=5 in log p: holds",
         "- vae IWAE S=5 ahead of vae TVO S=5 in log p: does not hold",

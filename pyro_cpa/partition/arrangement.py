@@ -46,7 +46,7 @@ class Arrangement(ABC):
 
         Args:
             walls: walls that cross their cells.
-            budget: checked before the cells are made.
+            budget: raises where there would be more cells.
 
         Returns:
             (R,) for each new cell the index of the old one that it is part of, ascending.

@@ -41,7 +41,7 @@ def cut(normals, offsets, starts, ends, walls, first, slots, size, most):
     edges, begin = np.empty((8 * (R + len(walls)), 5)), np.zeros(2 * (R + len(walls)) + 1, np.int64)
     parent, slot = np.empty(len(begin), np.int64), np.empty(len(begin), np.int64)
     node_slot, node_wall = np.empty(len(begin), np.int64), np.empty(len(begin), np.int64)
-    parts, nodes = 0, 0
+    parts, nodes, found = 0, 0, R
     # The parts of one cell in this round and in the next: their edges and walls, and where these begin.
     now, then = _round(), _round()
     for r in range(R):
@@ -50,15 +50,7 @@ def cut(normals, offsets, starts, ends, walls, first, slots, size, most):
         while count:
             found = parts + count + R - r - 1
             if found > most:
-                return (
-                    edges[: begin[parts]],
-                    begin[: parts + 1],
-                    parent[:parts],
-                    slot[:parts],
-                    node_slot[:nodes],
-                    node_wall[:nodes],
-                    found,
-                )
+                break
             now_edges, now_first, now_walls, now_wall, now_slot = now
             pending = 0
             for i in range(count):
@@ -68,12 +60,12 @@ def cut(normals, offsets, starts, ends, walls, first, slots, size, most):
                 a, b = now_first[i], now_first[i + 1]
                 edges = _with_room(edges, begin[parts], b - a)
                 edges[begin[parts] : begin[parts] + b - a] = now_edges[a:b]
-                begin = _with_room_1d(begin, parts + 1, 1)
-                parent, slot = _with_room_1d(parent, parts, 1), _with_room_1d(slot, parts, 1)
+                begin = _with_room(begin, parts + 1, 1)
+                parent, slot = _with_room(parent, parts, 1), _with_room(slot, parts, 1)
                 begin[parts + 1], parent[parts], slot[parts] = begin[parts] + b - a, r, now_slot[i]
                 parts += 1
-            node_slot = _with_room_1d(node_slot, nodes, pending)
-            node_wall = _with_room_1d(node_wall, nodes, pending)
+            node_slot = _with_room(node_slot, nodes, pending)
+            node_wall = _with_room(node_wall, nodes, pending)
             then = _halves(now, count, then, walls, size + nodes)
             for i in range(count):
                 if now_wall[i] < now_wall[i + 1]:
@@ -81,6 +73,8 @@ def cut(normals, offsets, starts, ends, walls, first, slots, size, most):
                     nodes += 1
             now, then = then, now
             count = 2 * pending
+        if found > most:
+            break
     return (
         edges[: begin[parts]],
         begin[: parts + 1],
@@ -88,7 +82,7 @@ def cut(normals, offsets, starts, ends, walls, first, slots, size, most):
         slot[:parts],
         node_slot[:nodes],
         node_wall[:nodes],
-        parts,
+        found,
     )
 
 
@@ -108,15 +102,11 @@ def _round():
 def _whole(now, normals, offsets, starts, ends, first, last, slot):
     """The round in which there is the cell alone, with all its walls."""
     edges, first_edge, walls, first_wall, slots = now
-    edges, walls = _with_room(edges, 0, len(offsets)), _with_room_1d(walls, 0, last - first)
+    edges, walls = _with_room(edges, 0, len(offsets)), _with_room(walls, 0, last - first)
     count = 0
     while count < len(offsets) and offsets[count] < np.inf:
-        edges[count, 0], edges[count, 1], edges[count, 2] = (
-            normals[count, 0],
-            normals[count, 1],
-            offsets[count],
-        )
-        edges[count, 3], edges[count, 4] = starts[count], ends[count]
+        n = normals[count]
+        _put(edges, count, n[0], n[1], offsets[count], starts[count], ends[count])
         count += 1
     for k in range(last - first):
         walls[k] = first + k
@@ -138,15 +128,15 @@ def _halves(now, count, then, wall, size):
             if mine == stop:
                 continue
             a, b = now_first[i], now_first[i + 1]
-            first_edge = _with_room_1d(first_edge, half + 1, 1)
-            first_wall = _with_room_1d(first_wall, half + 1, 1)
-            slots = _with_room_1d(slots, half, 1)
+            first_edge = _with_room(first_edge, half + 1, 1)
+            first_wall = _with_room(first_wall, half + 1, 1)
+            slots = _with_room(slots, half, 1)
             edges = _with_room(edges, first_edge[half], b - a + 1)
             generators = _with_room(generators, 0, b - a + 4)
             end = _half(now_edges[a:b], wall[now_walls[mine]], side, edges, first_edge[half])
             some = _generators(edges[first_edge[half] : end], generators)
             free = first_wall[half]
-            walls = _with_room_1d(walls, free, stop - mine)
+            walls = _with_room(walls, free, stop - mine)
             for k in range(mine + 1, stop):
                 if _crosses(wall[now_walls[k]], generators[:some]):
                     walls[free] = now_walls[k]
@@ -182,25 +172,13 @@ def _half(cell, wall, side, edges, end):
         else:
             start = max(start, crossing)
         if start < stop:
-            edges[end, 0], edges[end, 1], edges[end, 2], edges[end, 3], edges[end, 4] = m1, m2, c, start, stop
+            _put(edges, end, m1, m2, c, start, stop)
             end += 1
     if low < high:
         if side == 0:
-            edges[end, 0], edges[end, 1], edges[end, 2], edges[end, 3], edges[end, 4] = (
-                n1,
-                n2,
-                offset,
-                low,
-                high,
-            )
+            _put(edges, end, n1, n2, offset, low, high)
         else:
-            edges[end, 0], edges[end, 1], edges[end, 2], edges[end, 3], edges[end, 4] = (
-                -n1,
-                -n2,
-                -offset,
-                -high,
-                -low,
-            )
+            _put(edges, end, -n1, -n2, -offset, -high, -low)
         end += 1
     return end
 
@@ -255,19 +233,15 @@ def _crosses(wall, generators):
 
 
 @_compile
-def _with_room(array, used, more):
-    """The rows, or a longer copy if ``more`` would not fit behind those that are ``used``."""
-    if used + more <= len(array):
-        return array
-    longer = np.empty((2 * (used + more), array.shape[1]))
-    longer[:used] = array[:used]
-    return longer
+def _put(edges, e, n1, n2, c, start, stop):
+    edges[e, 0], edges[e, 1], edges[e, 2], edges[e, 3], edges[e, 4] = n1, n2, c, start, stop
 
 
 @_compile
-def _with_room_1d(array, used, more):
+def _with_room(array, used, more):
+    """The array, or a longer copy if ``more`` rows would not fit behind those that are ``used``."""
     if used + more <= len(array):
         return array
-    longer = np.empty(2 * (used + more), array.dtype)
+    longer = np.empty((2 * (used + more),) + array.shape[1:], array.dtype)
     longer[:used] = array[:used]
     return longer
