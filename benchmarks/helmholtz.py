@@ -93,6 +93,7 @@ class Recipe:
         laplace: rate r of a Laplace prior on the weights (not biases): r sum |w| is added to the sum over all
             training rows, of which a batch carries its share.
         average: decay of the average of the weights, per step.
+        deterministic: tanh layers between two stochastic ones.
         transposed: whether recognition starts as the transpose of generation.
     """
 
@@ -103,6 +104,7 @@ class Recipe:
     refine: int = 10
     laplace: float = 0.14
     average: float = 0.99
+    deterministic: int = 0
     transposed: bool = False
 
 
@@ -114,14 +116,15 @@ class Machine(BidirectionalHelmholtzMachine):
 
     groups: Tensor
 
-    def __init__(self, layers: tuple[int, ...], x: Tensor, groups: Tensor, transposed: bool) -> None:
-        super().__init__(x.shape[1], layers)
+    def __init__(self, layers: tuple[int, ...], x: Tensor, groups: Tensor, recipe: Recipe) -> None:
+        super().__init__(x.shape[1], layers, deterministic=recipe.deterministic)
         self.register_buffer("groups", groups)
         with torch.no_grad():
             self.generation[0][-1].bias.copy_(frequencies(x, groups))
-            if transposed:
+            if recipe.transposed:
                 for up, down in zip(self.recognition, self.generation, strict=True):
-                    up[0].weight.copy_(down[0].weight.T)
+                    for there, back in zip(up[::2], down[::-2], strict=True):  # between them stands a tanh
+                        there.weight.copy_(back.weight.T)
 
     def layer(self, level: int, logits: Tensor) -> TorchDistribution:
         return ExclusiveColumns(logits, self.groups) if level == 0 else super().layer(level, logits)
@@ -154,7 +157,7 @@ def fit(
 ) -> Search:
     """Train until the last stage ends or up to the limits, and leave the best weights in the model."""
     search, watch = Search(model), Stopwatch()
-    optim = torch.optim.Adam(model.parameters(), recipe.lr)
+    optim = torch.optim.Adam(model.parameters(), recipe.lr, fused=True)
     parts = {"model": model, "optim": optim, "search": search}
     if path.exists():
         load_checkpoint(path, **parts)
@@ -277,7 +280,7 @@ def run(
     torch.manual_seed(options.seed)
     layers = (8, 4) if options.smoke else LAYERS[name]
     data, groups = load(name, output, options)
-    model = Machine(layers, data.x_train, groups, recipe.transposed)
+    model = Machine(layers, data.x_train, groups, recipe)
     changed = {key: value for key, value in asdict(recipe).items() if value != getattr(Recipe(), key)}
     tag = "".join(f"_{key}-{value}" for key, value in changed.items()).replace(" ", "")
     path = place.checkpoints / f"helmholtz_{name}_{objective}_{output}_seed{options.seed}{tag}.pt"

@@ -164,7 +164,7 @@ def train(
         path: of the checkpoint.
         after: called after each step, for a learning curve; not within the seconds that are counted.
     """
-    optim, progress = torch.optim.Adam(model.parameters(), lr), Progress()
+    optim, progress = torch.optim.Adam(model.parameters(), lr, fused=True), Progress()
     parts = {"model": model, "optim": optim, "progress": progress}
     if path.exists():
         load_checkpoint(path, **parts)

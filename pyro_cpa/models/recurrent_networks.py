@@ -85,10 +85,13 @@ class RecurrentNetworks(nn.Module):
         """The state after seeing x_t (..., in_dim) and z_t (..., L)."""
         inputs = concatenate(features, z)
         batch = inputs.shape[:-1]
-        stacks = [item.expand(*batch, *item.shape[-2:]).flatten(0, -3) for item in state]
-        before = tuple(item.transpose(0, 1).contiguous() for item in stacks)
-        _, after = self.rnn(inputs.flatten(0, -2)[None], before)
-        return RecurrentState(*(item.transpose(0, 1).unflatten(0, batch) for item in after))
+        before = [item.expand(*batch, *item.shape[-2:]).flatten(0, -3).unbind(-2) for item in state]
+        # One step at a time, cells take half the time of nn.LSTM, which rearranges its weights at every call.
+        above, after = inputs.flatten(0, -2), []
+        for weights, hidden, cell in zip(self.rnn.all_weights, *before, strict=True):
+            above, cell = torch.lstm_cell(above, (hidden, cell), *weights)
+            after.append((above, cell))
+        return RecurrentState(*(torch.stack(items, -2).unflatten(0, batch) for items in zip(*after, strict=True)))
 
     def summaries(self, features: Tensor, keep: Tensor | None) -> Tensor:
         """(N, T, .) what the encoder sees at each step besides the state.
