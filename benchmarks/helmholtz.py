@@ -211,9 +211,10 @@ def fit(
 
 
 @torch.no_grad()
-def measure(model: Machine, x: Tensor, particles: int, samples: int) -> dict[str, str]:
-    """All figures of a row from one set of log-weights, and 2 log Z from draws of p."""
+def measure(model: Machine, data: Dataset, particles: int, samples: int) -> dict[str, str]:
+    """All figures of a row from one set of log-weights, -log p of as many training rows, and 2 log Z from draws of p."""
     torch.manual_seed(0)
+    x, seen = data.x_test, some(data.x_train, len(data.x_test))
     broken = torch.cat([x, x.new_zeros(len(x), 1)], -1)[:, model.groups].sum(-1).amax(-1) > 1
     log_w = torch.cat([model.log_weights(part, particles) for part in tqdm(x.split(50), leave=False)], 1)
     many = math.log(particles)
@@ -221,6 +222,7 @@ def measure(model: Machine, x: Tensor, particles: int, samples: int) -> dict[str
     tilde = 2 * ((log_w / 2).logsumexp(0) - many)
     relative_variance = (2 * log_w - 2 * log_w.logsumexp(0)).exp().sum(0) - 1 / particles
     two_log_z = model.two_log_z(samples, 10)
+    of_seen = torch.cat([model.log_p(part, particles).value for part in tqdm(seen.split(50), leave=False)])
 
     def mean(value: Tensor) -> str:
         return f"{value.mean():.3f} +- {value.std() / len(value) ** 0.5:.3f}"
@@ -233,6 +235,7 @@ def measure(model: Machine, x: Tensor, particles: int, samples: int) -> dict[str
         "test rows": str(len(x)),
         "S": str(particles),
         "-log p": mean(-log_p),
+        "-log p, training rows": mean(-of_seen),
         "s.e. of sampling": f"{relative_variance.clamp(min=0).sum().sqrt() / len(x):.4f}",
         "-log p~*": mean(-tilde),
         "-ELBO": mean(-log_w.mean(0)),
@@ -251,13 +254,14 @@ def coins() -> Dataset:
     return Dataset(x[:100], x[100:120], x_valid=x[120:])
 
 
+def some(x: Tensor, most: int) -> Tensor:
+    """Rows drawn once and for all."""
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most]]
+
+
 def load(name: str, output: str, options: Any) -> tuple[Dataset, Tensor]:
     """The data with the validation rows looked at and the test rows measured, and the groups of columns."""
     data = coins() if options.smoke else binary_table(name, options.data)
-
-    def some(x: Tensor, most: int) -> Tensor:
-        return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most]]
-
     seen = torch.cat([data.x_train, data.x_valid])
     groups = exclusive_groups(seen) if output == "exclusive" else torch.arange(seen.shape[1])[:, None]
     return replace(
@@ -295,9 +299,7 @@ def run(
         "-log p, validation, S=20": f"{search.score:.3f}",
     }
     if not options.validation_only:
-        row |= measure(
-            model, data.x_test, 10 if options.smoke else PARTICLES, 200 if options.smoke else 20_000
-        )
+        row |= measure(model, data, 10 if options.smoke else PARTICLES, 200 if options.smoke else 20_000)
     return row | {
         "layers": "-".join(map(str, layers)),
         "epochs": f"{search.steps / math.ceil(len(data.x_train) / BATCH):.0f}",

@@ -71,6 +71,27 @@ def orders(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) ->
     return ["Orders of the references:", "", *lines, ""] if lines else []
 
 
+def behind(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) -> list[str]:
+    """A sentence on each figure that is behind its reference, and why."""
+    lines = []
+    for row in rows:
+        for quantity, sign in table.compared.items():
+            other, own = theirs.get((table.key(row), quantity)), number(row.get(quantity, ""))
+            if other is None or own is None or sign * (own - float(other["value"])) >= 0:
+                continue
+            gap, error = abs(own - float(other["value"])), number(row[quantity].partition("+- ")[2])
+            close = "within two standard errors" if error and gap < 2 * error else ""
+            why = [part for part in (close, table.why(row, quantity, float(other["value"]))) if part]
+            epochs = theirs.get((table.key(row), "epochs"))
+            source = other["source"] + (f", {epochs['value']} epochs" if epochs else "")
+            name = ", ".join(row[c] for c in table.columns[: 1 if table.name == "models_mnist" else 3])
+            lines.append(
+                f"- {name}: {quantity} is {own:g}, {gap:.2f} behind {other['value']} ({source}), after {row['epochs']} "
+                f"epochs and {row['training CPU s']} s of CPU time{': ' if why else ''}{'; '.join(why)}."
+            )
+    return ["Behind:", "", *(line.replace("*", "\\*") for line in lines), ""] if lines else []
+
+
 def section(table: Table, references: list[Row]) -> list[str]:
     rows = [
         row | {k: f(row) for k, f in table.derived.items()}
@@ -91,21 +112,7 @@ def section(table: Table, references: list[Row]) -> list[str]:
                 + [f"{r['value']} ({r['source']})" if r else "" for r in found]
             )
         lines += [*markdown(heads + [f"{q}, reference" for q in quantities], body), ""]
-    behind = []
-    for row in rows:
-        for quantity, sign in table.compared.items():
-            other, own = theirs.get((table.key(row), quantity)), number(row.get(quantity, ""))
-            if other and own is not None and sign * (own - float(other["value"])) < 0:
-                epochs = theirs.get((table.key(row), "epochs"))
-                name = ", ".join(row[c] for c in table.columns[: 1 if table.name == "models_mnist" else 3])
-                behind.append(
-                    f"- {name}: {quantity} is {own:g}, {abs(own - float(other['value'])):.2f} behind {other['value']} "
-                    f"({other['source']}"
-                    + (f", {epochs['value']} epochs" if epochs else "")
-                    + f"), after {row['epochs']} epochs and {row['training CPU s']} s of CPU time."
-                )
-    if behind:
-        lines += ["Behind:", "", *(line.replace("*", "\\*") for line in behind), ""]
+    lines += behind(table, rows, theirs)
     if table.ordered:
         lines += orders(table, rows, theirs)
     absent = sorted({row for row, _ in theirs} - {table.key(row) for row in rows})

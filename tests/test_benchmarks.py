@@ -112,19 +112,25 @@ def section(script, tmp_path, monkeypatch):
 def test_page_says_where_we_are_behind(section):
     lines = section(
         "helmholtz",
-        "data set,objective,x,-log p,-log p*,epochs,training CPU s\nDNA,BiHM,bernoulli,90.0 +- 0.3,80.0,7,60\n",
-        {("DNA BiHM", "-log p"): "86.5", ("DNA BiHM", "-log p*"): "86.5"},
+        'data set,objective,x,-log p,"-log p, training rows",-log p*,epochs,training CPU s\n'
+        "DNA,BiHM,bernoulli,90.0 +- 0.3,87.5 +- 0.1,80.0,7,60\n"
+        "ADULT,BiHM,bernoulli,13.0 +- 0.3,12.5 +- 0.1,80.0,7,60\n",
+        {("DNA BiHM", "-log p"): "86.5", ("DNA BiHM", "-log p*"): "86.5", ("ADULT BiHM", "-log p"): "12.7"},
     )
-    (behind,) = [line for line in lines if line.startswith("- ")]
-    assert "DNA, bernoulli, BiHM: -log p is 90, 3.50 behind 86.5 (paper), after 7 epochs and 60 s" in behind
+    adult, dna = [line for line in lines if line.startswith("- ")]
+    assert "DNA, bernoulli, BiHM: -log p is 90, 3.50 behind 86.5 (paper), after 7 epochs and 60 s" in dna
+    assert dna.endswith(": training rows are at 87.5, behind as well: it is the fit that lacks.")
+    assert adult.endswith(
+        ": within two standard errors; training rows are at 12.5: 0.50 are lost from there to the test rows."
+    )
 
 
 def test_page_says_which_orders_of_the_references_hold(section):
     theirs = {"TVO S=5": "-89.9", "IWAE S=5": "-88.45", "DReG S=5": "-88.1", "DReG S=10": "-87.85"}
     lines = section(
         "discrete_mnist",
-        "model,objective,S,log p,epochs,training CPU s\n"
-        "vae,TVO,5,-100.0,1,9\nvae,IWAE,5,-101.0,1,9\nvae,DReG,5,-99.0,1,9\nvae,DReG,10,-98.0,1,9\n",
+        "model,objective,S,log p,epochs,updates,training CPU s\n"
+        "vae,TVO,5,-100.0,1,40000,9\nvae,IWAE,5,-101.0,1,40000,9\nvae,DReG,5,-99.0,1,40000,9\nvae,DReG,10,-98.0,1,40000,9\n",
         {(f"vae {row}", "log p"): value for row, value in theirs.items()},
     )
     assert [line.split(" (")[0] for line in sorted(lines) if "ahead of" in line] == [
@@ -132,6 +138,7 @@ def test_page_says_which_orders_of_the_references_hold(section):
         "- vae DReG S=5 ahead of vae TVO S=5 in log p: holds",
         "- vae IWAE S=5 ahead of vae TVO S=5 in log p: does not hold",
     ]
+    assert sum(line.endswith(": 1 % of the updates of the reference.") for line in lines) == 4
 
 
 def test_runs_are_compared_row_by_row(script):
