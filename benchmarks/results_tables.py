@@ -95,6 +95,7 @@ TABLES = (
             "ESS of p* %",
             "S",
             "test rows",
+            "rate of the prior",
             "epochs",
             "ended",
             *SPENT,
