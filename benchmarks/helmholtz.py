@@ -9,8 +9,7 @@
 Nets of the sizes that the method's paper used. One recipe for all: Adam on batches of 100, a Laplace prior on the
 weights (an L1 penalty that weighs less the more rows there are), an exponential average of the weights that is measured on
 the validation rows, and a learning rate that falls by 0.3 when this measure no longer improves; --refine gives the last
-stage more particles. A net is trained for each rate of the prior. The weights kept are those of the best measure; test rows
-are looked at once, after that. Times are those of all rates together.
+stage more particles. The weights kept are those of the best measure; test rows are looked at once, after that.
 
 ``--x bernoulli`` is the published model, independent Bernoulli entries given the first latent layer. ``--x exclusive``
 takes into account that the entries code attributes: neighbouring columns of which at most one is on in every training and
@@ -91,8 +90,8 @@ class Recipe:
         stages: factors of the learning rate, one a stage.
         patience: a stage ends after as many looks, and as many epochs, without improvement.
         particles: S; the last stage has ``refine`` of them.
-        laplace: rates r, to be chosen from, of a Laplace prior on the weights (not biases): r sum |w| is added to the
-            sum over all training rows, of which a batch carries its share.
+        laplace: rate r of a Laplace prior on the weights (not biases): r sum |w| is added to the sum over all
+            training rows, of which a batch carries its share.
         average: decay of the average of the weights, per step.
         deterministic: tanh layers between two stochastic ones.
         transposed: whether recognition starts as the transpose of generation.
@@ -103,7 +102,7 @@ class Recipe:
     patience: int = 8
     particles: int = 10
     refine: int = 10
-    laplace: tuple[float, ...] = (0.02, 0.14)
+    laplace: float = 0.14
     average: float = 0.99
     deterministic: int = 0
     transposed: bool = False
@@ -154,14 +153,7 @@ def weights(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
 
 
 def fit(
-    model: Machine,
-    data: Dataset,
-    make: Any,
-    recipe: Recipe,
-    rate: float,
-    limits: Limits,
-    path: Path,
-    seed: int,
+    model: Machine, data: Dataset, make: Any, recipe: Recipe, limits: Limits, path: Path, seed: int
 ) -> Search:
     """Train until the last stage ends or up to the limits, and leave the best weights in the model."""
     search, watch = Search(model), Stopwatch()
@@ -186,7 +178,7 @@ def fit(
             (x,) = next(source)
             optim.zero_grad()
             loss = objective(x)
-            prior = rate / len(data.x_train) * sum(value.abs().sum() for value in matrices)
+            prior = recipe.laplace / len(data.x_train) * sum(value.abs().sum() for value in matrices)
             (loss / len(x) + prior).backward()
             optim.step()
             for name, value in model.named_parameters():
@@ -277,8 +269,9 @@ def load(name: str, output: str, options: Any) -> tuple[Dataset, Tensor]:
     ), groups
 
 
-def option(key: str, value: Any) -> str:
+def option(changed: tuple[str, Any]) -> str:
     """A field of the recipe on the command line."""
+    key, value = changed
     words = [] if value is True else value if isinstance(value, tuple) else [value]
     return " ".join([f" --{key}", *map(str, words)])
 
@@ -287,21 +280,17 @@ def run(
     name: str, objective: str, output: str, options: Any, recipe: Recipe, place: Folders
 ) -> dict[str, Any]:
     """One row: train or resume, then measure."""
+    pyro.clear_param_store()
+    torch.manual_seed(options.seed)
     layers = (8, 4) if options.smoke else LAYERS[name]
     data, groups = load(name, output, options)
+    model = Machine(layers, data.x_train, groups, recipe)
     changed = {key: value for key, value in asdict(recipe).items() if value != getattr(Recipe(), key)}
-    tag = "".join(f"_{key}-{value}" for key, value in changed.items() if key != "laplace").replace(" ", "")
-    limits, found = Limits(options.steps, options.minutes), []
-    for rate in recipe.laplace:
-        pyro.clear_param_store()
-        torch.manual_seed(options.seed)
-        net = Machine(layers, data.x_train, groups, recipe)
-        path = f"helmholtz_{name}_{objective}_{output}_seed{options.seed}{tag}_laplace-{rate:g}.pt"
-        made = OBJECTIVES[objective], recipe, rate, limits, place.checkpoints / path, options.seed
-        found.append((fit(net, data, *made), rate, net))
-    search, rate, model = min(found, key=lambda item: item[0].score)
-    searches = [each for each, _, _ in found]
-    ended = all(each.stage == len(recipe.stages) for each in searches)
+    tag = "".join(f"_{key}-{value}" for key, value in changed.items()).replace(" ", "")
+    path = place.checkpoints / f"helmholtz_{name}_{objective}_{output}_seed{options.seed}{tag}.pt"
+    limits = Limits(options.steps, options.minutes)
+    search = fit(model, data, OBJECTIVES[objective], recipe, limits, path, options.seed)
+    ended = search.stage == len(recipe.stages)
     row = {
         "data set": name.upper(),
         "x": output,
@@ -313,16 +302,15 @@ def run(
         row |= measure(model, data, 10 if options.smoke else PARTICLES, 200 if options.smoke else 20_000)
     return row | {
         "layers": "-".join(map(str, layers)),
-        "rate of the prior": f"{rate:g} of {', '.join(f'{r:g}' for r in recipe.laplace)}",
         "epochs": f"{search.steps / math.ceil(len(data.x_train) / BATCH):.0f}",
         "ended": "yes" if ended else "no, out of time",
-        "training wall s": f"{sum(s.wall for s in searches):.0f}",
-        "training CPU s": f"{sum(s.cpu for s in searches):.0f}",
+        "training wall s": f"{search.wall:.0f}",
+        "training CPU s": f"{search.cpu:.0f}",
         **provenance(),
         "command": f"python benchmarks/helmholtz.py --data-set {name} --objective {objective} --x {output} "
         f"--seed {options.seed}"
-        + "".join(option(*item) for item in changed.items())
-        + ("" if ended else f" --steps {max(s.steps for s in searches)}"),
+        + "".join(map(option, changed.items()))
+        + ("" if ended else f" --steps {search.steps}"),
     }
 
 
@@ -371,8 +359,8 @@ def main() -> None:
         else:
             parser.add_argument(f"--{key}", type=type(value), default=value)
     options = parser.parse_args()
-    given = {key: getattr(options, key) for key in asdict(Recipe())}
-    recipe = Recipe(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+    recipe = Recipe(**{key: getattr(options, key) for key in asdict(Recipe())})
+    recipe = Recipe(**asdict(recipe) | {"stages": tuple(recipe.stages)})
     # A tenth of a step's time; what the checks look for cannot occur here.
     pyro.enable_validation(False)
     if options.smoke:

@@ -95,7 +95,6 @@ TABLES = (
             "ESS of p* %",
             "S",
             "test rows",
-            "rate of the prior",
             "epochs",
             "ended",
             *SPENT,
