@@ -91,7 +91,8 @@ class RecurrentNetworks(nn.Module):
         for weights, hidden, cell in zip(self.rnn.all_weights, *before, strict=True):
             above, cell = torch.lstm_cell(above, (hidden, cell), *weights)
             after.append((above, cell))
-        return RecurrentState(*(torch.stack(items, -2).unflatten(0, batch) for items in zip(*after, strict=True)))
+        stacked = (torch.stack(items, -2) for items in zip(*after, strict=True))
+        return RecurrentState(*(item.unflatten(0, batch) for item in stacked))
 
     def summaries(self, features: Tensor, keep: Tensor | None) -> Tensor:
         """(N, T, .) what the encoder sees at each step besides the state.
