@@ -86,7 +86,7 @@ class RecurrentNetworks(nn.Module):
         inputs = concatenate(features, z)
         batch = inputs.shape[:-1]
         before = [item.expand(*batch, *item.shape[-2:]).flatten(0, -3).unbind(-2) for item in state]
-        # One step at a time, cells take half the time of nn.LSTM, which rearranges its weights at every call.
+        # For a single step nn.LSTM is the slower way: it rearranges its weights at every call.
         above, after = inputs.flatten(0, -2), []
         for weights, hidden, cell in zip(self.rnn.all_weights, *before, strict=True):
             above, cell = torch.lstm_cell(above, (hidden, cell), *weights)
