@@ -38,6 +38,7 @@ import torch
 from exclusive_columns import ExclusiveColumns, exclusive_groups, frequencies
 from pyro.distributions import TorchDistribution
 from runs import (
+    FUSED,
     Folders,
     Limits,
     Progress,
@@ -157,7 +158,7 @@ def fit(
 ) -> Search:
     """Train until the last stage ends or up to the limits, and leave the best weights in the model."""
     search, watch = Search(model), Stopwatch()
-    optim = torch.optim.Adam(model.parameters(), recipe.lr, fused=True)
+    optim = torch.optim.Adam(model.parameters(), recipe.lr, fused=FUSED)
     parts = {"model": model, "optim": optim, "search": search}
     if path.exists():
         load_checkpoint(path, **parts)

@@ -28,6 +28,7 @@ from pyro_cpa.errors import InvalidData
 from pyro_cpa.infer import load_checkpoint, save_checkpoint
 
 __all__ = [
+    "FUSED",
     "Folders",
     "Limits",
     "Progress",
@@ -46,6 +47,7 @@ __all__ = [
 
 HERE = Path(__file__).parent
 SAVE_SECONDS = 60.0
+FUSED = torch.__version__ >= (2, 4)  # from there Adam's step is a single loop on the CPU too
 LAST = ["training wall s", "training CPU s", "wall s", "CPU s", "threads", "versions", "command"]
 
 
@@ -164,7 +166,7 @@ def train(
         path: of the checkpoint.
         after: called after each step, for a learning curve; not within the seconds that are counted.
     """
-    optim, progress = torch.optim.Adam(model.parameters(), lr, fused=True), Progress()
+    optim, progress = torch.optim.Adam(model.parameters(), lr, fused=FUSED), Progress()
     parts = {"model": model, "optim": optim, "progress": progress}
     if path.exists():
         load_checkpoint(path, **parts)
