@@ -262,13 +262,15 @@ RECIPES = {
 # ---- measurement -----------------------------------------------------------------------------------------
 
 
+def blocks(recipe: Recipe, x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, ...]]:
+    """What model and guide take, some rows at a time."""
+    return [part if recipe.labelled else part[:1] for part in zip(x.split(size), y.split(size), strict=True)]
+
+
 def mean_bound(recipe: Recipe, model: Any, x: Tensor, y: Tensor) -> str:
     """Mean ELBO of the rows, one draw each, and its standard error, from the means of a hundred batches."""
-    size = max(1, len(x) // 100)
-    batches = [
-        batch if recipe.labelled else batch[:1] for batch in zip(x.split(size), y.split(size), strict=True)
-    ]
-    means = torch.tensor([-recipe.bound().loss(model.model, model.guide, *b) / len(b[0]) for b in batches])
+    bound, parts = recipe.bound(), blocks(recipe, x, y, max(1, len(x) // 100))
+    means = torch.tensor([-bound.loss(model.model, model.guide, *args) / len(args[0]) for args in parts])
     return f"{means.mean():.2f} +- {means.std() / len(means) ** 0.5:.2f}"
 
 
@@ -280,9 +282,7 @@ def measure(recipe: Recipe, model: Any, x: Tensor, y: Tensor, smoke: bool) -> di
     rows, particles = (20, 10) if smoke else (recipe.test_rows, recipe.particles)
     bound, elbo, parts = recipe.bound(), 0.0, []
     size = max(1, ROWS_AT_ONCE // particles)
-    blocks = list(zip(x[:rows].split(size), y[:rows].split(size), strict=True))
-    for block in tqdm(blocks, desc="evidence", leave=False):
-        args = block if recipe.labelled else block[:1]
+    for args in tqdm(blocks(recipe, x[:rows], y[:rows], size), desc="evidence", leave=False):
         elbo -= float(bound.loss(model.model, model.guide, *args))
         parts.append(model.log_evidence(*args, num_particles=particles))
     found = {"ELBO, all test rows": mean_bound(recipe, model, x, y)}

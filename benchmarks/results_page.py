@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import re
 from pathlib import Path
 
-from results_tables import TABLES, Row, Table
+from results_tables import TABLES, Row, Table, number
 
 __all__ = ["page"]
 
@@ -28,11 +27,6 @@ def read(path: Path) -> list[Row]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def number(text: str) -> float | None:
-    found = re.match(r"-?\d+(\.\d+)?", text)
-    return float(found[0]) if found else None
 
 
 def order(text: str) -> tuple[bool, float, str]:

@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["TABLES", "Row", "Table"]
+__all__ = ["TABLES", "Row", "Table", "number"]
 
 Row = dict[str, str]
 
@@ -45,32 +46,37 @@ class Table:
     missing: str = ""
 
 
+def number(text: str) -> float | None:
+    """The figure that a cell begins with."""
+    found = re.match(r"-?\d+(\.\d+)?", text)
+    return float(found[0]) if found else None
+
+
 def elbo_without_constant(row: Row) -> str:
     """The tutorial's GMVAE leaves the uniform prior over its ten classes out of the bound."""
-    return (
-        f"{float(row['ELBO, all test rows'].split()[0]) + math.log(10):.2f}"
-        if row["model"] == "gmvae"
-        else ""
-    )
+    elbo = number(row["ELBO, all test rows"])
+    return "" if elbo is None or row["model"] != "gmvae" else f"{elbo + math.log(10):.2f}"
 
 
 def fit_or_rows(row: Row, quantity: str, reference: float) -> str:
     """Whether the net lacks fit or training rows."""
     if quantity != "-log p":
         return "the reference is of Bernoulli columns" if row["x"] == "exclusive" else ""
-    if not row.get("-log p, training rows"):
+    test, seen = (number(row.get(name, "")) for name in ("-log p", "-log p, training rows"))
+    if test is None or seen is None:
         return ""
-    test, seen = (float(row[name].split()[0]) for name in ("-log p", "-log p, training rows"))
     if seen > reference:
         return f"training rows are at {seen:g}, behind as well: it is the fit that lacks"
     return f"training rows are at {seen:g}: {test - seen:.2f} are lost from there to the test rows"
+
+
+REPLICATED = 4_000_000  # updates
 
 
 def share_of_updates(row: Row, quantity: str, reference: float) -> str:
     return f"{100 * int(row['updates']) / REPLICATED:.2g} % of the updates of the reference"
 
 
-REPLICATED = 4_000_000  # updates
 SPENT = ("training wall s", "training CPU s")
 TABLES = (
     Table(

@@ -152,6 +152,15 @@ def test_runs_are_compared_row_by_row(script):
     assert [row["to the best"] for row in found] == ["", "-2.000 +- 0.577", ""]
 
 
+def test_densities_of_a_black_pixel(script):
+    """The reference's density saturates, the library's does not: what the page says of their heights."""
+    models = script("models")
+    x, logits = torch.tensor([[0.002], [-500.0]], dtype=torch.float32)
+    saturating = models.SaturatingContinuousBernoulli()(logits).log_prob(x).item()
+    assert saturating == pytest.approx(2.74, abs=0.005)
+    assert models.ContinuousBernoulli()(logits).log_prob(x).item() == pytest.approx(5.21, abs=0.005)
+
+
 def test_exclusive_columns_are_a_distribution(script):
     """Probabilities of all allowed rows sum to one; groups of one column are independent Bernoulli entries."""
     columns = script("exclusive_columns")
