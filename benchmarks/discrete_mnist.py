@@ -15,11 +15,11 @@ that it used: 0, b, 1 with b = 0.05, 0.2, 0.3 for S = 5, 10, 50 (belief net), fi
 "ELBO" for the belief net is the TVO with one interval: the score function with the mean of the other particles as baseline.
 
 Three tables. discrete_mnist.csv: log p of the first test rows, S = 5000, "+-" the standard error over rows; KL(q||p) is log
-p less the ELBO of the same particles; "to the best" is the mean difference to the best run of the same model and S, row by
-row, from log p of every row in discrete_mnist_rows.csv. discrete_mnist_curves.csv and the picture discrete_mnist.png:
-log p of 100 test rows with S = 100 every half epoch, against updates, wall and CPU time of training; from it "at equal CPU
-time" is read: the last value that a run had when the shortest run of its model and S ended. A run that was killed, or is
-asked for more epochs, resumes from benchmarks/checkpoints.
+p less the ELBO of the same particles; "to the best" is the mean difference to the best run of the same model, S and number
+of updates, row by row, from log p of every row in discrete_mnist_rows.csv. discrete_mnist_curves.csv and the picture
+discrete_mnist.png: log p of 100 test rows with S = 100 every half epoch, against updates, wall and CPU time of training;
+from it "at equal CPU time" is read: the last value that a run had when the shortest of those ended. A run that was killed,
+or is asked for more epochs, resumes from benchmarks/checkpoints; its figures after fewer stay in the tables.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ __all__: list[str] = []
 
 BATCH, LR, AT_ONCE = 24, 3e-4, 10_000
 PARTICLES = (5, 10, 50)
-KEYS = ("model", "objective", "S", "seed")
+RUN = ("model", "objective", "S", "seed")
+KEYS = (*RUN, "updates")
 NODE = {5: 0.05, 10: 0.2, 50: 0.3}
 FIRST = {5: 0.01, 10: 0.02, 50: 0.03}
 
@@ -124,14 +125,14 @@ def run(name: str, objective: str, S: int, data: Dataset, options: Any, place: F
     )
     steps_per_epoch = math.ceil(len(data.x_train) / BATCH)
     every = max(1, steps_per_epoch // 2)
-    key = dict(zip(KEYS, (name, objective, S, options.seed), strict=True))
+    named = dict(zip(RUN, (name, objective, S, options.seed), strict=True))
 
     def look(progress: Progress) -> None:
         if progress.steps % every == 0:
             value = evidence(model, data.x_test[:100], 100)
             spent = {"wall s": f"{progress.wall:.1f}", "CPU s": f"{progress.cpu:.1f}"}
-            row = key | {"updates": progress.steps, "log p": f"{value.mean():.3f}"} | spent
-            put(place.results / "discrete_mnist_curves.csv", [row], (*KEYS, "updates"))
+            row = named | {"updates": progress.steps, "log p": f"{value.mean():.3f}"} | spent
+            put(place.results / "discrete_mnist_curves.csv", [row], KEYS)
 
     steps = 2 if options.smoke else max(1, round(options.epochs * steps_per_epoch))
     progress = train(
@@ -145,6 +146,7 @@ def run(name: str, objective: str, S: int, data: Dataset, options: Any, place: F
     )
     x, particles = (data.x_test[:4], 10) if options.smoke else (data.x_test[: options.test_rows], 5000)
     log_p = evidence(model, x, particles)
+    key = named | {"updates": progress.steps}
     singles = {"log p of the test rows": " ".join(f"{value:.3f}" for value in log_p.tolist())}
     put(place.results / "discrete_mnist_rows.csv", [key | singles], KEYS)
     return key | {
@@ -153,7 +155,6 @@ def run(name: str, objective: str, S: int, data: Dataset, options: Any, place: F
         "KL(q||p)": f"{log_p.mean().item() - elbo(model, x, min(particles, 100)):.2f}",
         "test rows": len(x),
         "epochs": f"{progress.steps / steps_per_epoch:.3g}",
-        "updates": progress.steps,
         "training wall s": f"{progress.wall:.0f}",
         "training CPU s": f"{progress.cpu:.0f}",
         **provenance(),
@@ -168,8 +169,13 @@ def run(name: str, objective: str, S: int, data: Dataset, options: Any, place: F
 Row = dict[str, str]
 
 
+def like(row: Row, other: Row) -> bool:
+    """Whether two runs may be compared: the same model, particles and number of updates."""
+    return all(row[key] == other[key] for key in ("model", "S", "updates"))
+
+
 def to_the_best(rows: Sequence[Row], singles: dict[tuple[str, ...], Row]) -> list[Row]:
-    """Adds to each row its mean difference to the best run of its model and S, over the same test rows."""
+    """Adds to each row its mean difference to the best run of its model, S and updates, over the same test rows."""
     values = {
         key: torch.tensor([float(value) for value in row["log p of the test rows"].split()])
         for key, row in singles.items()
@@ -177,7 +183,7 @@ def to_the_best(rows: Sequence[Row], singles: dict[tuple[str, ...], Row]) -> lis
     found = []
     for row in rows:
         mine = values[tuple(row[key] for key in KEYS)]
-        beside = [v for (model, _, S, _), v in values.items() if (model, S) == (row["model"], row["S"])]
+        beside = [values[tuple(r[key] for key in KEYS)] for r in rows if like(r, row)]
         best = max(beside, key=lambda value: value.mean().item())
         text = ""
         if best is not mine and len(best) == len(mine):
@@ -188,12 +194,12 @@ def to_the_best(rows: Sequence[Row], singles: dict[tuple[str, ...], Row]) -> lis
 
 
 def equal_time(rows: Sequence[Row], points: Sequence[Row]) -> list[Row]:
-    """Adds to each row what its run had reached in the time of the shortest run of its model and S."""
+    """Adds to each row what its run had reached in the time of the shortest run of its model, S and updates."""
     found = []
     for row in rows:
-        beside = [r for r in rows if (r["model"], r["S"]) == (row["model"], row["S"])]
+        beside = [r for r in rows if like(r, row)]
         limit = min(float(r["training CPU s"]) for r in beside)
-        mine = [p for p in points if all(p[key] == row[key] for key in KEYS) and float(p["CPU s"]) <= limit]
+        mine = [p for p in points if all(p[key] == row[key] for key in RUN) and float(p["CPU s"]) <= limit]
         last = max(mine, key=lambda p: int(p["updates"])) if mine else None
         value = "" if last is None else f"{last['log p']} after {last['updates']} updates"
         found.append(row | {"at equal CPU time": f"{value} ({limit:.0f} s)" if value else ""})
@@ -220,7 +226,7 @@ def draw(points: Sequence[Row], path: Path) -> None:
 def tabulate(place: Folders) -> list[Row]:
     """Compares all runs so far, draws their curves, and returns the table."""
     path = place.results / "discrete_mnist.csv"
-    points = list(kept(place.results / "discrete_mnist_curves.csv", (*KEYS, "updates")).values())
+    points = list(kept(place.results / "discrete_mnist_curves.csv", KEYS).values())
     rows = to_the_best(list(kept(path, KEYS).values()), kept(place.results / "discrete_mnist_rows.csv", KEYS))
     if points:
         draw(points, place.results / "discrete_mnist.png")

@@ -59,7 +59,8 @@ def orders(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) ->
         if all(a[c] == b[c] for c in group) and sign * (first - second) > 0:
             holds = "holds" if sign * (ours - other) > 0 else "does not hold"
             lines.append(
-                f"- {table.key(a)} ahead of {table.key(b)} in {quantity}: {holds} "
+                f"- {table.key(a)} ahead of {table.key(b)} in {quantity}: {holds}"
+                f"{f' after {a[table.stage]} {table.stage}' if table.stage else ''} "
                 f"(reference {first:g} and {second:g}, here {ours:g} and {other:g})."
             )
     return ["Orders of the references:", "", *lines, ""] if lines else []
@@ -68,6 +69,9 @@ def orders(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) ->
 def behind(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) -> list[str]:
     """A sentence on each figure that is behind its reference, and why."""
     lines = []
+    if table.stage:
+        by_stage = sorted(rows, key=lambda row: int(row[table.stage]))
+        rows = list({(table.key(row), row["seed"]): row for row in by_stage}.values())
     for row in rows:
         for quantity, sign in table.compared.items():
             other, own = theirs.get((table.key(row), quantity)), number(row.get(quantity, ""))
