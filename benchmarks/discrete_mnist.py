@@ -33,6 +33,7 @@ from typing import Any
 import pyro
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 from pyro.infer import ELBO
 from runs import Folders, Limits, Progress, arguments, batches, folders, kept, provenance, put, show, train
 from torch import Tensor, nn
@@ -209,15 +210,23 @@ def equal_time(rows: Sequence[Row], points: Sequence[Row]) -> list[Row]:
 def draw(points: Sequence[Row], path: Path) -> None:
     """Learning curves by updates and by CPU time, a row of panels for each model and S."""
     panels = list(dict.fromkeys((p["model"], p["S"]) for p in points))
+    colours = {name: f"C{index}" for index, name in enumerate(sorted({p["objective"] for p in points}))}
     figure = Figure(figsize=(11, 4 * len(panels)), layout="constrained")
     for axes, (model, S) in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
         beside = [p for p in points if (p["model"], p["S"]) == (model, S)]
+        runs = list(dict.fromkeys((p["objective"], p["seed"]) for p in beside))
+        curves = {run: [p for p in beside if (p["objective"], p["seed"]) == run] for run in runs}
+        ends = [float(curve[-1]["log p"]) for curve in curves.values()]
+        low = min(ends) - 8.0  # the first steps would flatten the rest
         for axis, across in zip(axes, ("updates", "CPU s"), strict=True):
-            for run in dict.fromkeys((p["objective"], p["seed"]) for p in beside):
-                along = [p for p in beside if (p["objective"], p["seed"]) == run]
-                axis.plot([float(p[across]) for p in along], [float(p["log p"]) for p in along], label=run[0])
-            ends = sorted(float(p["log p"]) for p in beside)
-            axis.set_ylim(ends[len(ends) // 4], ends[-1] + 1.0)  # the first steps would flatten the rest
+            for (name, _), curve in curves.items():
+                along = [float(p[across]) for p in curve], [float(p["log p"]) for p in curve]
+                axis.plot(*along, color=colours[name], label=name)
+            axis.set_xscale("log", subs=[])  # the runs are of very different lengths
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axis.set_xlim(left=min(float(p[across]) for p in beside if float(p["log p"]) > low))
+            axis.set_ylim(low, max(ends) + 1.0)
             axis.set(title=f"{model}, S = {S}", xlabel=across, ylabel="log p(x), nats an image")
         axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
