@@ -214,8 +214,9 @@ def draw(points: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 4 * len(panels)), layout="constrained")
     for axes, (model, S) in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):
         beside = [p for p in points if (p["model"], p["S"]) == (model, S)]
-        runs = list(dict.fromkeys((p["objective"], p["seed"]) for p in beside))
-        curves = {run: [p for p in beside if (p["objective"], p["seed"]) == run] for run in runs}
+        curves: dict[tuple[str, str], list[Row]] = {}
+        for p in beside:
+            curves.setdefault((p["objective"], p["seed"]), []).append(p)
         ends = [float(curve[-1]["log p"]) for curve in curves.values()]
         low = min(ends) - 8.0  # the first steps would flatten the rest
         for axis, across in zip(axes, ("updates", "CPU s"), strict=True):

@@ -58,9 +58,9 @@ def orders(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) ->
     for (a, first, ours), (b, second, other) in itertools.permutations(known, 2):
         if all(a[c] == b[c] for c in group) and sign * (first - second) > 0:
             holds = "holds" if sign * (ours - other) > 0 else "does not hold"
+            when = f" after {a[table.stage]} {table.stage}" if table.stage else ""
             lines.append(
-                f"- {table.key(a)} ahead of {table.key(b)} in {quantity}: {holds}"
-                f"{f' after {a[table.stage]} {table.stage}' if table.stage else ''} "
+                f"- {table.key(a)} ahead of {table.key(b)} in {quantity}: {holds}{when} "
                 f"(reference {first:g} and {second:g}, here {ours:g} and {other:g})."
             )
     return ["Orders of the references:", "", *lines, ""] if lines else []

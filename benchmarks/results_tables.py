@@ -80,7 +80,7 @@ def share_of_updates(row: Row, quantity: str, reference: float) -> str:
 
 
 def labels_unseen(row: Row, quantity: str, reference: float) -> str:
-    return "one start of the net, and no label enters its bound" if quantity == "cluster accuracy" else ""
+    return "no label enters the bound that is trained" if quantity == "cluster accuracy" else ""
 
 
 SPENT = ("training wall s", "training CPU s")

@@ -141,6 +141,7 @@ def test_page_says_which_orders_of_the_references_hold(section):
     ]
     behind = [line for line in lines if line.endswith(" % of the updates of the reference.")]
     assert len(behind) == 4
+    assert sum(line.endswith(": 1 % of the updates of the reference.") for line in behind) == 3
     (tvo,) = (line for line in behind if ", TVO, 5" in line)  # the later of its two figures
     assert "log p is -95" in tvo and "2 epochs" in tvo and ": 2 % of" in tvo
 
