@@ -17,9 +17,10 @@ that it used: 0, b, 1 with b = 0.05, 0.2, 0.3 for S = 5, 10, 50 (belief net), fi
 Three tables. discrete_mnist.csv: log p of the first test rows, S = 5000, "+-" the standard error over rows; KL(q||p) is log
 p less the ELBO of the same particles; "to the best" is the mean difference to the best run of the same model, S and number
 of updates, row by row, from log p of every row in discrete_mnist_rows.csv. discrete_mnist_curves.csv and the picture
-discrete_mnist.png: log p of 100 test rows with S = 100 every half epoch, against updates, wall and CPU time of training;
-from it "at equal CPU time" is read: the last value that a run had when the shortest of those ended. A run that was killed,
-or is asked for more epochs, resumes from benchmarks/checkpoints; its figures after fewer stay in the tables.
+discrete_mnist.png: log p of 100 test rows with S = 100 every half epoch, against updates and against CPU time at the cost of
+an update that update_costs.py measured side by side. From it "at equal CPU time" is read: the last value that a run had when
+the cheapest of those ended. A run that was killed, or is asked for more epochs, resumes from benchmarks/checkpoints; its
+figures after fewer stay in the tables.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ BATCH, LR, AT_ONCE = 24, 3e-4, 10_000
 PARTICLES = (5, 10, 50)
 RUN = ("model", "objective", "S", "seed")
 KEYS = (*RUN, "updates")
+COSTED = ("model", "objective", "S")
+COST, TIME = "CPU ms an update", "CPU s at that cost"
 NODE = {5: 0.05, 10: 0.2, 50: 0.3}
 FIRST = {5: 0.01, 10: 0.02, 50: 0.03}
 
@@ -94,6 +97,12 @@ def build(name: str, x: Tensor, smoke: bool) -> Any:
     return VAE(x.shape[1], width // 4, hidden_dims=(width, width), **options)
 
 
+def bound(model: Any, name: str, objective: str, S: int) -> Callable[[Tensor], Tensor]:
+    """The loss of a batch, summed over its rows."""
+    make = OBJECTIVES[name][objective]
+    return make(S, vectorize_particles=True, max_plate_nesting=1)(model.model, model.guide)
+
+
 @torch.no_grad()
 def evidence(model: Any, x: Tensor, particles: int) -> Tensor:
     """log p of each row, by importance sampling."""
@@ -121,9 +130,7 @@ def run(name: str, objective: str, S: int, data: Dataset, options: Any, place: F
     pyro.clear_param_store()
     torch.manual_seed(options.seed)
     model = build(name, data.x_train, options.smoke)
-    loss = OBJECTIVES[name][objective](S, vectorize_particles=True, max_plate_nesting=1)(
-        model.model, model.guide
-    )
+    loss = bound(model, name, objective, S)
     steps_per_epoch = math.ceil(len(data.x_train) / BATCH)
     every = max(1, steps_per_epoch // 2)
     named = dict(zip(RUN, (name, objective, S, options.seed), strict=True))
@@ -131,8 +138,7 @@ def run(name: str, objective: str, S: int, data: Dataset, options: Any, place: F
     def look(progress: Progress) -> None:
         if progress.steps % every == 0:
             value = evidence(model, data.x_test[:100], 100)
-            spent = {"wall s": f"{progress.wall:.1f}", "CPU s": f"{progress.cpu:.1f}"}
-            row = named | {"updates": progress.steps, "log p": f"{value.mean():.3f}"} | spent
+            row = named | {"updates": progress.steps, "log p": f"{value.mean():.3f}"}
             put(place.results / "discrete_mnist_curves.csv", [row], KEYS)
 
     steps = 2 if options.smoke else max(1, round(options.epochs * steps_per_epoch))
@@ -195,20 +201,20 @@ def to_the_best(rows: Sequence[Row], singles: dict[tuple[str, ...], Row]) -> lis
 
 
 def equal_time(rows: Sequence[Row], points: Sequence[Row]) -> list[Row]:
-    """Adds to each row what its run had reached in the time of the shortest run of its model, S and updates."""
+    """Adds to each row what its run had reached in the time of the cheapest run of its model, S and updates."""
     found = []
     for row in rows:
-        beside = [r for r in rows if like(r, row)]
-        limit = min(float(r["training CPU s"]) for r in beside)
-        mine = [p for p in points if all(p[key] == row[key] for key in RUN) and float(p["CPU s"]) <= limit]
-        last = max(mine, key=lambda p: int(p["updates"])) if mine else None
+        times = [float(r[TIME]) for r in rows if like(r, row) and r[TIME]]
+        mine = [p for p in points if all(p[key] == row[key] for key in RUN) and p[TIME]]
+        within = [p for p in mine if float(p[TIME]) <= min(times)]
+        last = max(within, key=lambda p: int(p["updates"])) if within else None
         value = "" if last is None else f"{last['log p']} after {last['updates']} updates"
-        found.append(row | {"at equal CPU time": f"{value} ({limit:.0f} s)" if value else ""})
+        found.append(row | {"at equal CPU time": value})
     return found
 
 
 def draw(points: Sequence[Row], path: Path) -> None:
-    """Learning curves by updates and by CPU time, a row of panels for each model and S."""
+    """Learning curves by updates and by CPU time where it is known, a row of panels for each model and S."""
     panels = list(dict.fromkeys((p["model"], p["S"]) for p in points))
     colours = {name: f"C{index}" for index, name in enumerate(sorted({p["objective"] for p in points}))}
     figure = Figure(figsize=(11, 4 * len(panels)), layout="constrained")
@@ -219,25 +225,42 @@ def draw(points: Sequence[Row], path: Path) -> None:
             curves.setdefault((p["objective"], p["seed"]), []).append(p)
         ends = [float(curve[-1]["log p"]) for curve in curves.values()]
         low = min(ends) - 8.0  # the first steps would flatten the rest
-        for axis, across in zip(axes, ("updates", "CPU s"), strict=True):
+        for axis, across in zip(axes, ("updates", TIME), strict=True):
+            shown = [float(p[across]) for p in beside if p[across] and float(p["log p"]) > low]
+            if not shown:
+                axis.set_axis_off()
+                continue
             for (name, _), curve in curves.items():
-                along = [float(p[across]) for p in curve], [float(p["log p"]) for p in curve]
+                known = [p for p in curve if p[across]]
+                along = [float(p[across]) for p in known], [float(p["log p"]) for p in known]
                 axis.plot(*along, color=colours[name], label=name)
             axis.set_xscale("log", subs=[])  # the runs are of very different lengths
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-            axis.set_xlim(left=min(float(p[across]) for p in beside if float(p["log p"]) > low))
+            axis.set_xlim(left=min(shown))
             axis.set_ylim(low, max(ends) + 1.0)
             axis.set(title=f"{model}, S = {S}", xlabel=across, ylabel="log p(x), nats an image")
         axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
 
+def costed(rows: Sequence[Row], costs: dict[tuple[str, ...], Row]) -> list[Row]:
+    """Adds to each row the cost of an update and the time that its updates take at that, "" where nothing is known."""
+    found = []
+    for row in rows:
+        cost = costs[key][COST] if (key := tuple(row[k] for k in COSTED)) in costs else ""
+        spent = f"{int(row['updates']) * float(cost) / 1e3:.1f}" if cost else ""
+        found.append(row | {COST: cost, TIME: spent})
+    return found
+
+
 def tabulate(place: Folders) -> list[Row]:
     """Compares all runs so far, draws their curves, and returns the table."""
     path = place.results / "discrete_mnist.csv"
-    points = list(kept(place.results / "discrete_mnist_curves.csv", KEYS).values())
-    rows = to_the_best(list(kept(path, KEYS).values()), kept(place.results / "discrete_mnist_rows.csv", KEYS))
+    costs = kept(place.results / "update_costs.csv", COSTED)
+    points = costed(list(kept(place.results / "discrete_mnist_curves.csv", KEYS).values()), costs)
+    rows = costed(list(kept(path, KEYS).values()), costs)
+    rows = to_the_best(rows, kept(place.results / "discrete_mnist_rows.csv", KEYS))
     if points:
         draw(points, place.results / "discrete_mnist.png")
     return put(path, equal_time(rows, points), KEYS)

@@ -158,6 +158,26 @@ def test_runs_are_compared_row_by_row(script):
     assert [row["to the best"] for row in found] == ["", "-2.000 +- 0.577", "", ""]
 
 
+def test_runs_are_compared_at_the_end_of_the_cheapest(script):
+    """By costs measured side by side; a run whose cost is not known has no time."""
+    benchmark = script("discrete_mnist")
+    keys = [("vae", objective, "5", "0", "300") for objective in ("TVO", "DReG", "BiHM")]
+    rows = [dict(zip(benchmark.KEYS, key, strict=True)) for key in keys]
+    points = [
+        row | {"updates": updates, "log p": f"-{updates}"}
+        for row in rows
+        for updates in ("100", "200", "300")
+    ]
+    costs = {("vae", "TVO", "5"): {benchmark.COST: "10"}, ("vae", "DReG", "5"): {benchmark.COST: "14"}}
+    found = benchmark.equal_time(benchmark.costed(rows, costs), benchmark.costed(points, costs))
+    assert [row[benchmark.TIME] for row in found] == ["3.0", "4.2", ""]
+    assert [row["at equal CPU time"] for row in found] == [
+        "-300 after 300 updates",
+        "-200 after 200 updates",
+        "",
+    ]
+
+
 def test_densities_of_a_black_pixel(script):
     """The reference's density saturates, the library's does not: what the page says of their heights."""
     models = script("models")
