@@ -62,7 +62,7 @@ PARTICLES = (5, 10, 50)
 RUN = ("model", "objective", "S", "seed")
 KEYS = (*RUN, "updates")
 COSTED = ("model", "objective", "S")
-COST, TIME = "CPU ms an update", "CPU s at that cost"
+COST, TIME = "CPU ms an update", "CPU s by cost of an update"
 NODE = {5: 0.05, 10: 0.2, 50: 0.3}
 FIRST = {5: 0.01, 10: 0.02, 50: 0.03}
 
@@ -215,7 +215,7 @@ def equal_time(rows: Sequence[Row], points: Sequence[Row]) -> list[Row]:
 
 def draw(points: Sequence[Row], path: Path) -> None:
     """Learning curves by updates and by CPU time where it is known, a row of panels for each model and S."""
-    panels = list(dict.fromkeys((p["model"], p["S"]) for p in points))
+    panels = sorted({(p["model"], p["S"]) for p in points}, key=lambda panel: (panel[0], int(panel[1])))
     colours = {name: f"C{index}" for index, name in enumerate(sorted({p["objective"] for p in points}))}
     figure = Figure(figsize=(11, 4 * len(panels)), layout="constrained")
     for axes, (model, S) in zip(figure.subplots(len(panels), 2, squeeze=False), panels, strict=True):

@@ -60,6 +60,11 @@ def elbo_without_constant(row: Row) -> str:
     return "" if elbo is None or row["model"] != "gmvae" else f"{elbo + math.log(10):.2f}"
 
 
+def with_its_error(row: Row) -> str:
+    error = row.get("s.e.")
+    return f"{row['log p']} +- {error}" if error else row["log p"]
+
+
 def fit_or_rows(row: Row, quantity: str, reference: float) -> str:
     """Whether the net lacks fit or training rows."""
     if quantity != "-log p":
@@ -228,7 +233,6 @@ TABLES = (
             "S",
             "seed",
             "log p",
-            "s.e.",
             "to the best",
             "KL(q||p)",
             "test rows",
@@ -240,6 +244,7 @@ TABLES = (
         ),
         key=lambda row: f"{row['model']} {row['objective']} S={row['S']}",
         compared={"log p": 1, "KL(q||p)": -1},
+        derived={"log p": with_its_error},
         why=share_of_updates,
         pictures=("discrete_mnist.png",),
         ordered=("log p", "model", "S", "updates"),
