@@ -43,6 +43,7 @@ benchmarks: $(VENV)/installed-test
 	$(BENCHMARK)/latent_maps.py $(ARGS)
 	$(BENCHMARK)/latent_maps.py --data-set mnist $(ARGS)
 	$(BENCHMARK)/helmholtz.py $(ARGS)
+	$(BENCHMARK)/update_costs.py
 	$(BENCHMARK)/discrete_mnist.py $(ARGS)
 	$(BENCHMARK)/models.py --dataset mnist --all $(ARGS)
 	$(BENCHMARK)/results_page.py

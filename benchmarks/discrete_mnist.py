@@ -97,7 +97,11 @@ def build(name: str, x: Tensor, smoke: bool) -> Any:
     return VAE(x.shape[1], width // 4, hidden_dims=(width, width), **options)
 
 
-def bound(model: Any, name: str, objective: str, S: int) -> Callable[[Tensor], Tensor]:
+def images(options: Any) -> Dataset:
+    return (load_digits() if options.smoke else load_mnist(options.data)).map(binarize)
+
+
+def loss_of(model: Any, name: str, objective: str, S: int) -> Callable[[Tensor], Tensor]:
     """The loss of a batch, summed over its rows."""
     make = OBJECTIVES[name][objective]
     return make(S, vectorize_particles=True, max_plate_nesting=1)(model.model, model.guide)
@@ -130,7 +134,7 @@ def run(name: str, objective: str, S: int, data: Dataset, options: Any, place: F
     pyro.clear_param_store()
     torch.manual_seed(options.seed)
     model = build(name, data.x_train, options.smoke)
-    loss = bound(model, name, objective, S)
+    loss = loss_of(model, name, objective, S)
     steps_per_epoch = math.ceil(len(data.x_train) / BATCH)
     every = max(1, steps_per_epoch // 2)
     named = dict(zip(RUN, (name, objective, S, options.seed), strict=True))
@@ -204,9 +208,9 @@ def equal_time(rows: Sequence[Row], points: Sequence[Row]) -> list[Row]:
     """Adds to each row what its run had reached in the time of the cheapest run of its model, S and updates."""
     found = []
     for row in rows:
-        times = [float(r[TIME]) for r in rows if like(r, row) and r[TIME]]
+        limit = min((float(r[TIME]) for r in rows if like(r, row) and r[TIME]), default=0.0)
         mine = [p for p in points if all(p[key] == row[key] for key in RUN) and p[TIME]]
-        within = [p for p in mine if float(p[TIME]) <= min(times)]
+        within = [p for p in mine if float(p[TIME]) <= limit]
         last = max(within, key=lambda p: int(p["updates"])) if within else None
         value = "" if last is None else f"{last['log p']} after {last['updates']} updates"
         found.append(row | {"at equal CPU time": value})
@@ -248,7 +252,7 @@ def costed(rows: Sequence[Row], costs: dict[tuple[str, ...], Row]) -> list[Row]:
     """Adds to each row the cost of an update and the time that its updates take at that, "" where nothing is known."""
     found = []
     for row in rows:
-        cost = costs[key][COST] if (key := tuple(row[k] for k in COSTED)) in costs else ""
+        cost = costs.get(tuple(row[key] for key in COSTED), {}).get(COST, "")
         spent = f"{int(row['updates']) * float(cost) / 1e3:.1f}" if cost else ""
         found.append(row | {COST: cost, TIME: spent})
     return found
@@ -282,7 +286,7 @@ def main() -> None:
         options.S = options.S or [5]
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    data = (load_digits() if options.smoke else load_mnist(options.data)).map(binarize)
+    data = images(options)
     with folders(options.smoke) as place:
         for S, name in itertools.product(options.S or PARTICLES, options.model or OBJECTIVES):
             for objective in OBJECTIVES[name]:

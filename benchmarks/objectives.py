@@ -20,7 +20,6 @@ import gc
 import logging
 import multiprocessing
 import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -30,8 +29,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import ELBO, SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO
 from pyro.optim import PyroOptim
-from pyro.params.param_store import StateDict
-from runs import publish
+from runs import in_turn, publish, with_own_store
 from torch import Tensor, nn
 
 from pyro_cpa.infer import TVO, BiHelmholtzELBO, ImportanceWeightedELBO, LogUniform, ReweightedWakeSleepELBO
@@ -125,19 +123,10 @@ class Trainer:
         torch.manual_seed(0)
         self.net = NETS[net]()
         self.x = x
-        self.state: StateDict = {"params": {}, "constraints": {}}
         make = OBJECTIVES[objective][0]
         loss = make(num_particles, vectorize_particles=True, max_plate_nesting=1)
-        self.svi = SVI(self.net.model, self.net.guide, PyroOptim(torch.optim.Adam, {"lr": 1e-4}), loss)
-        self.cpu: list[float] = []
-        self.wall: list[float] = []
-
-    def step(self) -> None:
-        with pyro.get_param_store().scope(state=self.state):
-            wall, cpu = time.perf_counter(), time.process_time()
-            self.svi.step(self.x)
-            self.cpu.append(time.process_time() - cpu)
-            self.wall.append(time.perf_counter() - wall)
+        svi = SVI(self.net.model, self.net.guide, PyroOptim(torch.optim.Adam, {"lr": 1e-4}), loss)
+        self.step = with_own_store(lambda: svi.step(self.x))
 
     def kept_mib(self) -> float:
         """Memory that autograd saves for the backward pass, each storage once; data and parameters not."""
@@ -153,10 +142,6 @@ class Trainer:
         given = {tensor.untyped_storage().data_ptr() for tensor in (self.x, *self.net.parameters())}
         return sum(size for at, size in kept.items() if at not in given) / 2**20
 
-    def timeless(self) -> None:
-        self.cpu.clear()
-        self.wall.clear()
-
 
 def binary_images(count: int) -> Tensor:
     return (torch.rand(count, PIXELS, generator=torch.Generator().manual_seed(1)) < 0.2).float()
@@ -171,24 +156,20 @@ def measure(net: str, num_particles: int, rounds: int, memory: bool) -> list[dic
     kept = {name: trainer.kept_mib() for name, trainer in trainers.items()}
     for trainer in trainers.values():
         trainer.step()
-        trainer.timeless()
     gc.collect()
-    order = list(trainers.values())
-    for i in range(rounds):
-        for trainer in order[i % len(order) :] + order[: i % len(order)]:  # no fixed neighbours in time
-            trainer.step()
-    base, rows = trainers[BASE], []
-    for name, trainer in trainers.items():
+    seconds = in_turn({name: trainer.step for name, trainer in trainers.items()}, rounds)
+    base, rows = seconds[BASE], []
+    for name, spent in seconds.items():
         target = OBJECTIVES[name][1]
-        ratio = median(a / b for a, b in zip(trainer.cpu, base.cpu, strict=True))
-        wall = median(a / b for a, b in zip(trainer.wall, base.wall, strict=True))
+        ratio = median(a / b for a, b in zip(spent.cpu, base.cpu, strict=True))
+        wall = median(a / b for a, b in zip(spent.wall, base.wall, strict=True))
         rows.append(
             {
                 "net": net,
                 "S": str(num_particles),
                 "objective": name,
-                "CPU ms": f"{1e3 * median(trainer.cpu):.1f}",
-                "wall ms": f"{1e3 * median(trainer.wall):.1f}",
+                "CPU ms": f"{1e3 * median(spent.cpu):.1f}",
+                "wall ms": f"{1e3 * median(spent.wall):.1f}",
                 "CPU ratio": f"{ratio:.2f}",
                 "wall ratio": f"{wall:.2f}",
                 "target": "" if target is None else f"{target:.2f}",

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.params.param_store import StateDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -36,6 +37,7 @@ __all__ = [
     "batches",
     "binary_table",
     "folders",
+    "in_turn",
     "kept",
     "mean_and_interval",
     "provenance",
@@ -43,6 +45,7 @@ __all__ = [
     "put",
     "show",
     "train",
+    "with_own_store",
 ]
 
 HERE = Path(__file__).parent
@@ -193,6 +196,42 @@ def train(
                 saved = time.perf_counter()
     save_checkpoint(path, **parts)
     return progress
+
+
+# ---- times ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seconds:
+    """What the rounds of one of several took."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def with_own_store(step: Callable[[], Any]) -> Callable[[], None]:
+    """``step`` with a parameter store of its own: two nets of one class would share Pyro's."""
+    state: StateDict = {"params": {}, "constraints": {}}
+
+    def alone() -> None:
+        with pyro.get_param_store().scope(state=state):
+            step()
+
+    return alone
+
+
+def in_turn(steps: dict[str, Callable[[], None]], rounds: int, repeats: int = 1) -> dict[str, Seconds]:
+    """Seconds that each of ``steps`` takes ``repeats`` times, round after round, side by side in one run."""
+    found, order = {name: Seconds([], []) for name in steps}, list(steps)
+    for i in range(rounds):
+        for name in order[i % len(order) :] + order[: i % len(order)]:  # no fixed neighbours in time
+            watch = Stopwatch()
+            for _ in range(repeats):
+                steps[name]()
+            wall, cpu = watch.read()
+            found[name].wall.append(wall)
+            found[name].cpu.append(cpu)
+    return found
 
 
 # ---- tables ----------------------------------------------------------------------------------------------

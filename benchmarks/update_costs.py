@@ -15,19 +15,15 @@ Prints a table, kept in benchmarks/results/update_costs.csv; discrete_mnist.py r
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import pyro
 import torch
-from discrete_mnist import BATCH, COST, COSTED, LR, OBJECTIVES, PARTICLES, bound, build
-from pyro.params.param_store import StateDict
-from runs import FUSED, arguments, batches, folders, provenance, put, show
+from discrete_mnist import BATCH, COST, COSTED, LR, OBJECTIVES, PARTICLES, build, images, loss_of
+from runs import FUSED, arguments, batches, folders, in_turn, provenance, put, show, with_own_store
 from torch import Tensor
-
-from pyro_cpa.datasets import binarize, load_digits, load_mnist
 
 __all__: list[str] = []
 
@@ -38,20 +34,18 @@ BASE = "ELBO"
 def trainer(name: str, objective: str, S: int, x: Tensor, smoke: bool) -> Callable[[], None]:
     """An update of a net of its own, with a parameter store of its own."""
     torch.manual_seed(0)
-    state: StateDict = {"params": {}, "constraints": {}}
     model = build(name, x, smoke)
-    loss = bound(model, name, objective, S)
+    loss = loss_of(model, name, objective, S)
     optim = torch.optim.Adam(model.parameters(), LR, fused=FUSED)
     source = batches(x, size=BATCH, seed=0, steps=0)
 
     def update() -> None:
-        with pyro.get_param_store().scope(state=state):
-            (batch,) = next(source)
-            optim.zero_grad()
-            (loss(batch) / len(batch)).backward()
-            optim.step()
+        (batch,) = next(source)
+        optim.zero_grad()
+        (loss(batch) / len(batch)).backward()
+        optim.step()
 
-    return update
+    return with_own_store(update)
 
 
 def measure(name: str, S: int, x: Tensor, rounds: int, smoke: bool) -> list[dict[str, Any]]:
@@ -59,28 +53,20 @@ def measure(name: str, S: int, x: Tensor, rounds: int, smoke: bool) -> list[dict
     updates = {objective: trainer(name, objective, S, x, smoke) for objective in OBJECTIVES[name]}
     for update, _ in itertools.product(updates.values(), range(WARM)):
         update()
-    cpu: dict[str, list[float]] = {objective: [] for objective in updates}
-    wall: dict[str, list[float]] = {objective: [] for objective in updates}
-    order = list(updates)
-    for i in range(rounds):
-        for objective in order[i % len(order) :] + order[: i % len(order)]:  # no fixed neighbours in time
-            begun, clock = time.process_time(), time.perf_counter()
-            for _ in range(UPDATES):
-                updates[objective]()
-            cpu[objective].append(1e3 * (time.process_time() - begun) / UPDATES)
-            wall[objective].append(1e3 * (time.perf_counter() - clock) / UPDATES)
+    seconds = in_turn(updates, rounds, UPDATES)
+    base = seconds[BASE].cpu
     return [
         {
             "model": name,
             "objective": objective,
             "S": S,
-            COST: f"{median(cpu[objective]):.2f}",
-            "wall ms": f"{median(wall[objective]):.2f}",
-            "to the ELBO's": f"{median(a / b for a, b in zip(cpu[objective], cpu[BASE], strict=True)):.2f}",
+            COST: f"{1e3 * median(spent.cpu) / UPDATES:.2f}",
+            "wall ms": f"{1e3 * median(spent.wall) / UPDATES:.2f}",
+            "to the ELBO's": f"{median(a / b for a, b in zip(spent.cpu, base, strict=True)):.2f}",
             "rounds": rounds,
             **provenance(),
         }
-        for objective in updates
+        for objective, spent in seconds.items()
     ]
 
 
@@ -90,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    data = (load_digits() if options.smoke else load_mnist(options.data)).map(binarize)
+    data = images(options)
     rounds, particles = (1, PARTICLES[:1]) if options.smoke else (options.rounds, PARTICLES)
     with folders(options.smoke) as place:
         for name, S in itertools.product(OBJECTIVES, particles):
