@@ -14,8 +14,9 @@ stage more particles. The weights kept are those of the best measure; test rows 
 ``--x bernoulli`` is the published model, independent Bernoulli entries given the first latent layer. ``--x exclusive``
 takes into account that the entries code attributes: neighbouring columns of which at most one is on in every training and
 validation row become one categorical output. No test row is used to find them; one that broke the rule would have
-probability zero and is counted. The rows "none: independent" say what this is worth by itself: columns, or groups of them,
-that do not depend on one another.
+probability zero and is counted. ``--x autoregressive`` has Bernoulli entries again, each of which also depends on the
+columns before it, linearly in its log-odds; recognition is the same. The rows "none" say what these are worth by themselves,
+without a latent: columns, or groups of them, that do not depend on one another; columns given those before them.
 
 -log p, -log p~* and the effective sample sizes are means over test rows with S = 500 particles, "+-" the standard error
 over rows. RWS has half a wake and half a sleep phase. 2 log Z has the relative standard error of Z^2. A run that was killed,
@@ -35,8 +36,8 @@ from typing import Any
 
 import pyro
 import torch
-from exclusive_columns import ExclusiveColumns, exclusive_groups, frequencies
-from pyro.distributions import TorchDistribution
+from column_machines import OUTPUTS, Machine, columns_alone
+from exclusive_columns import exclusive_groups
 from runs import (
     FUSED,
     Folders,
@@ -62,7 +63,6 @@ from pyro_cpa.infer import (
     load_checkpoint,
     save_checkpoint,
 )
-from pyro_cpa.models import BidirectionalHelmholtzMachine
 
 __all__: list[str] = []
 
@@ -76,7 +76,6 @@ OBJECTIVES = {
     "RWS": lambda S, **options: ReweightedWakeSleepELBO(S, insomnia=0.5, **options),
     "VIMCO": lambda S, **options: ImportanceWeightedELBO(S, "vimco", **options),
 }
-OUTPUTS = ("bernoulli", "exclusive")
 PARTICLES = 500  # of a test row
 BATCH = 100
 EVERY, LOOKED_AT = 50, 1500  # steps between two looks at the validation rows, and of how many
@@ -107,28 +106,6 @@ class Recipe:
     average: float = 0.99
     deterministic: int = 0
     transposed: bool = False
-
-
-# ---- the model -------------------------------------------------------------------------------------------
-
-
-class Machine(BidirectionalHelmholtzMachine):
-    """The library's machine with exclusive columns, data biases at the training frequencies."""
-
-    groups: Tensor
-
-    def __init__(self, layers: tuple[int, ...], x: Tensor, groups: Tensor, recipe: Recipe) -> None:
-        super().__init__(x.shape[1], layers, deterministic=recipe.deterministic)
-        self.register_buffer("groups", groups)
-        with torch.no_grad():
-            self.generation[0][-1].bias.copy_(frequencies(x, groups))
-            if recipe.transposed:
-                for up, down in zip(self.recognition, self.generation, strict=True):
-                    for there, back in zip(up[::2], down[::-2], strict=True):  # between them stands a tanh
-                        there.weight.copy_(back.weight.T)
-
-    def layer(self, level: int, logits: Tensor) -> TorchDistribution:
-        return ExclusiveColumns(logits, self.groups) if level == 0 else super().layer(level, logits)
 
 
 # ---- training --------------------------------------------------------------------------------------------
@@ -211,6 +188,11 @@ def fit(
 # ---- measurement -----------------------------------------------------------------------------------------
 
 
+def mean(value: Tensor) -> str:
+    """With its standard error."""
+    return f"{value.mean():.3f} +- {value.std() / len(value) ** 0.5:.3f}"
+
+
 @torch.no_grad()
 def measure(model: Machine, data: Dataset, particles: int, samples: int) -> dict[str, str]:
     """All figures of a row from one set of log-weights, -log p of as many training rows, and 2 log Z from draws of p."""
@@ -224,9 +206,6 @@ def measure(model: Machine, data: Dataset, particles: int, samples: int) -> dict
     relative_variance = (2 * log_w - 2 * log_w.logsumexp(0)).exp().sum(0) - 1 / particles
     two_log_z = model.two_log_z(samples, 10)
     of_seen = torch.cat([model.log_p(part, particles).value for part in tqdm(seen.split(50), leave=False)])
-
-    def mean(value: Tensor) -> str:
-        return f"{value.mean():.3f} +- {value.std() / len(value) ** 0.5:.3f}"
 
     def ess(scaled: Tensor) -> str:
         share = (2 * scaled.logsumexp(0) - (2 * scaled).logsumexp(0) - many).exp()
@@ -270,6 +249,10 @@ def load(name: str, output: str, options: Any) -> tuple[Dataset, Tensor]:
     ), groups
 
 
+def command(name: str, objective: str, output: str) -> str:
+    return f"python benchmarks/helmholtz.py --data-set {name} --objective {objective} --x {output}"
+
+
 def option(changed: tuple[str, Any]) -> str:
     """A field of the recipe on the command line."""
     key, value = changed
@@ -285,7 +268,8 @@ def run(
     torch.manual_seed(options.seed)
     layers = (8, 4) if options.smoke else LAYERS[name]
     data, groups = load(name, output, options)
-    model = Machine(layers, data.x_train, groups, recipe)
+    nets = {"deterministic": recipe.deterministic, "transposed": recipe.transposed}
+    model = Machine(layers, data.x_train, groups, output, **nets)
     changed = {key: value for key, value in asdict(recipe).items() if value != getattr(Recipe(), key)}
     tag = "".join(f"_{key}-{value}" for key, value in changed.items()).replace(" ", "")
     path = place.checkpoints / f"helmholtz_{name}_{objective}_{output}_seed{options.seed}{tag}.pt"
@@ -308,24 +292,27 @@ def run(
         "training wall s": f"{search.wall:.0f}",
         "training CPU s": f"{search.cpu:.0f}",
         **provenance(),
-        "command": f"python benchmarks/helmholtz.py --data-set {name} --objective {objective} --x {output} "
-        f"--seed {options.seed}"
+        "command": f"{command(name, objective, output)} --seed {options.seed}"
         + "".join(map(option, changed.items()))
         + ("" if ended else f" --steps {search.steps}"),
     }
 
 
-def independent(name: str, output: str, options: Any) -> dict[str, Any]:
-    """The row of columns (or groups of them) that do not depend on one another, at their frequencies in training."""
+def without_latents(name: str, objective: str, output: str, options: Any) -> dict[str, Any]:
+    """The row of the columns alone, at the best of the training rows."""
     data, groups = load(name, output, options)
-    loss = -ExclusiveColumns(frequencies(data.x_train, groups), groups).log_prob(data.x_test)
+    law = columns_alone(data.x_train, data.x_valid, groups, output)
+    loss, of_seen = -law.log_prob(data.x_test), -law.log_prob(some(data.x_train, len(data.x_test)))
     return {
         "data set": name.upper(),
         "x": output,
-        "objective": "none: independent",
+        "objective": "none: columns before" if output == "autoregressive" else "none: independent",
         "seed": "",
-        "-log p": f"{loss.mean():.3f} +- {loss.std() / len(loss) ** 0.5:.3f}",
+        "-log p": mean(loss),
+        "-log p, training rows": mean(of_seen),
         "test rows": str(len(loss)),
+        **provenance(),
+        "command": command(name, objective, output),
     }
 
 
@@ -336,9 +323,9 @@ def main() -> None:
         "--objective",
         choices=[*OBJECTIVES, "none"],
         action="append",
-        help="default: all; none trains nothing",
+        help="default: all; none is the columns alone",
     )
-    parser.add_argument("--x", choices=OUTPUTS, action="append", help="default: both")
+    parser.add_argument("--x", choices=OUTPUTS, action="append", help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="CPU minutes of training of each net in this run"
@@ -360,29 +347,23 @@ def main() -> None:
         else:
             parser.add_argument(f"--{key}", type=type(value), default=value)
     options = parser.parse_args()
+    options.stages = tuple(options.stages)
     recipe = Recipe(**{key: getattr(options, key) for key in asdict(Recipe())})
-    recipe = Recipe(**asdict(recipe) | {"stages": tuple(recipe.stages)})
     # A tenth of a step's time; what the checks look for cannot occur here.
     pyro.enable_validation(False)
     if options.smoke:
         options.data_set, options.steps = options.data_set or ["dna"], 5
-    keys, rows = ("data set", "x", "objective", "seed"), []
+    keys = ("data set", "x", "objective", "seed")
+    objectives = options.objective or [*OBJECTIVES, "none"]
     with folders(options.smoke) as place:
-        for name, output in itertools.product(options.data_set or LAYERS, options.x or OUTPUTS):
-            put(place.results / "helmholtz.csv", [independent(name, output, options)], keys)
-        for name, objective, output in itertools.product(
-            options.data_set or LAYERS, options.objective or OBJECTIVES, options.x or OUTPUTS
-        ):
-            if objective == "none":
-                continue
-            row = run(name, objective, output, options, recipe, place)
-            rows.append(row)
+        for choice in itertools.product(options.data_set or LAYERS, objectives, options.x or OUTPUTS):
+            if "none" in choice:
+                row = without_latents(*choice, options)
+            else:
+                row = run(*choice, options, recipe, place)
             if not options.validation_only:
                 put(place.results / "helmholtz.csv", [row], keys)
             show([row])
-    if rows:
-        print()
-        show(rows)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,40 @@ def test_exclusive_columns_are_a_distribution(script):
     assert torch.allclose(single.log_prob(rows), bernoulli, atol=1e-12)
 
 
+def test_autoregressive_columns_are_a_distribution(script):
+    """Probabilities of all rows sum to one and are the draws' frequencies; without weights: Bernoulli entries."""
+    columns = script("autoregressive_columns")
+    rows = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)))
+    logits, weight = torch.randn(4), 2 * torch.randn(4, 4)
+    law = columns.AutoregressiveColumns(logits, weight)
+    p = law.log_prob(rows).exp()
+    assert p.sum().item() == pytest.approx(1.0, abs=1e-12)
+    draws = law.sample((20_000,))
+    counts = torch.bincount((draws @ torch.tensor([8.0, 4.0, 2.0, 1.0])).long(), minlength=16) / len(draws)
+    assert bool(((counts - p).abs() < 5 * (p * (1 - p) / len(draws)).sqrt()).all())
+    last = torch.sigmoid(logits[3] + rows[:, :3] @ weight[:3, 3])  # of entry 3 given the others, by hand
+    on = p[rows[:, 3] == 1] / (p[rows[:, 3] == 1] + p[rows[:, 3] == 0])
+    assert torch.allclose(on, last[rows[:, 3] == 1], atol=1e-12)
+    batch = columns.AutoregressiveColumns(torch.randn(3, 1, 4), weight)  # particles, rows
+    assert batch.sample().shape == (3, 1, 4)
+    assert batch.log_prob(rows).shape == (3, 16)
+    free = columns.AutoregressiveColumns(logits, torch.zeros(4, 4)).log_prob(rows)
+    assert torch.allclose(free, torch.distributions.Bernoulli(logits=logits).log_prob(rows).sum(1), atol=1e-12)
+
+
+def test_fitted_columns_are_a_maximum(script):
+    """Of rows drawn from it, the fit finds the law: no further from the truth than sampling puts it, and stationary."""
+    columns = script("autoregressive_columns")
+    truth = columns.AutoregressiveColumns(torch.tensor([0.5, -0.3, 0.2]), 1.5 * torch.ones(3, 3))
+    x, test = truth.sample((20_000,)), truth.sample((20_000,))
+    fit = columns.fitted_columns(x, test)
+    assert (fit.log_prob(x).mean() - truth.log_prob(x).mean()).item() > -1e-4  # six parameters gain 6 / 2N
+    assert (truth.log_prob(test) - fit.log_prob(test)).mean().item() < 1e-3
+    upper = torch.ones(3, 3).triu(1).bool()
+    assert bool((fit.weight[~upper] == 0).all())
+    assert torch.allclose(fit.weight[upper], torch.full((3,), 1.5), atol=0.2)
+
+
 def test_pairs_of_seeds_go_along_diagonals(script):
     pairs = script("toys").diagonals(20, 20)
     assert len(set(pairs)) == len(pairs) == 400
