@@ -101,9 +101,10 @@ TABLES = (
         "Bidirectional Helmholtz machines on binary data",
         "Nets of the published sizes; -log p and its company in nats a row. `bernoulli` is the published "
         "model of the data layer, `exclusive` makes one categorical of columns that exclude each other, in `autoregressive` "
-        "a column also depends on those before it, linearly in its log-odds; \"none\" is the columns without a latent. The "
-        "references are for the first, but for RWS with NADE layers beside the last. The test splits of ADULT and CONNECT4 were rebuilt from the raw sets and a random selection of "
-        "them is measured; the order of DNA's rows, on which its split hangs, is not verified against the original.",
+        'a column also depends on those before it, linearly in its log-odds; "none" is the columns without a latent: '
+        "what a net has ahead of it is the latents'. The references are for the first, but for RWS with NADE layers beside "
+        "the last. The test splits of ADULT and CONNECT4 were rebuilt from the raw sets and a random selection of them is "
+        "measured; the order of DNA's rows, on which its split hangs, is not verified against the original.",
         (
             "data set",
             "x",

@@ -231,7 +231,9 @@ def test_autoregressive_columns_are_a_distribution(script):
     assert batch.sample().shape == (3, 1, 4)
     assert batch.log_prob(rows).shape == (3, 16)
     free = columns.AutoregressiveColumns(logits, torch.zeros(4, 4)).log_prob(rows)
-    assert torch.allclose(free, torch.distributions.Bernoulli(logits=logits).log_prob(rows).sum(1), atol=1e-12)
+    assert torch.allclose(
+        free, torch.distributions.Bernoulli(logits=logits).log_prob(rows).sum(1), atol=1e-12
+    )
 
 
 def test_fitted_columns_are_a_maximum(script):
