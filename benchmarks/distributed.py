@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -199,6 +200,10 @@ def process(rank: int, smoke: bool) -> None:
         path = RESULTS / f"distributed{'_smoke' if smoke else ''}.csv"
         publish("Scaling over processes", rows, path)
     distributed.destroy_process_group()
+    # DDP keeps gloo's threads after this; where one still holds a tensor when the interpreter shuts down, the C++ runtime
+    # aborts the process.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main() -> None:

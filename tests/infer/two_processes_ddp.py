@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -192,3 +193,6 @@ if __name__ == "__main__":
         found |= trained_by_lightning(rank, folder)
     torch.save(found, Path(folder) / f"ddp{rank}.pt")
     distributed.destroy_process_group()
+    os._exit(
+        0
+    )  # DDP keeps gloo's threads, which now and then abort the process at the interpreter's shutdown
