@@ -193,6 +193,5 @@ if __name__ == "__main__":
         found |= trained_by_lightning(rank, folder)
     torch.save(found, Path(folder) / f"ddp{rank}.pt")
     distributed.destroy_process_group()
-    os._exit(
-        0
-    )  # DDP keeps gloo's threads, which now and then abort the process at the interpreter's shutdown
+    # DDP keeps gloo's threads, which now and then abort the process at the interpreter's shutdown.
+    os._exit(0)
