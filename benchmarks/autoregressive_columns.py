@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
+from runs import minimise
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -66,16 +67,12 @@ def fitted_columns(x: Tensor, valid: Tensor) -> AutoregressiveColumns:
     def fitted(precision: float) -> AutoregressiveColumns:
         law = AutoregressiveColumns(x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1]))
         values = [law.logits.requires_grad_(), law.weight.requires_grad_()]
-        optim = torch.optim.LBFGS(values, max_iter=300, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
-            optim.zero_grad()
             prior = 0.5 * precision * sum(value.square().sum() for value in values)
-            value = (prior - law.log_prob(x).sum()) / len(x)
-            value.backward()
-            return value
+            return (prior - law.log_prob(x).sum()) / len(x)
 
-        optim.step(loss)
+        minimise(values, loss, 300)
         return AutoregressiveColumns(*(value.detach() for value in values))
 
     choices = [fitted(precision) for precision in (0.3, 1.0, 3.0, 10.0)]

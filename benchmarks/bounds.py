@@ -34,7 +34,7 @@ import torch
 from known_evidence import BeliefNet, Decoder, Pair, Weights
 from matplotlib.figure import Figure
 from pyro.infer import ELBO, Trace_ELBO
-from runs import Stopwatch, arguments, folders, kept, provenance, put, show
+from runs import Stopwatch, arguments, folders, kept, minimise, provenance, put, show
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -63,15 +63,7 @@ MODELS: dict[str, type[Pair]] = {"belief net": BeliefNet, "decoder": Decoder}
 
 def fit_guide(pair: Pair, steps: int) -> None:
     """The best guide of its family, by the exact divergence."""
-    optim = torch.optim.LBFGS(list(pair.phi.values()), max_iter=steps, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optim.zero_grad()
-        loss = pair.divergence().sum()
-        loss.backward()
-        return loss
-
-    optim.step(closure)
+    minimise(list(pair.phi.values()), lambda: pair.divergence().sum(), steps)
 
 
 # ---- objectives ------------------------------------------------------------------------------------------

@@ -36,7 +36,20 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 from pyro.infer import ELBO
-from runs import Folders, Limits, Progress, arguments, batches, folders, kept, provenance, put, show, train
+from runs import (
+    Folders,
+    Limits,
+    Progress,
+    arguments,
+    batches,
+    folders,
+    kept,
+    mean_and_error,
+    provenance,
+    put,
+    show,
+    train,
+)
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -198,8 +211,7 @@ def to_the_best(rows: Sequence[Row], singles: dict[tuple[str, ...], Row]) -> lis
         best = max(beside, key=lambda value: value.mean().item())
         text = ""
         if best is not mine and len(best) == len(mine):
-            difference = mine - best
-            text = f"{difference.mean():.3f} +- {difference.std() / len(mine) ** 0.5:.3f}"
+            text = mean_and_error(mine - best)
         found.append(row | {"to the best": text})
     return found
 

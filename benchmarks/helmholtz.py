@@ -48,6 +48,7 @@ from runs import (
     batches,
     binary_table,
     folders,
+    mean_and_error,
     provenance,
     put,
     show,
@@ -188,11 +189,6 @@ def fit(
 # ---- measurement -----------------------------------------------------------------------------------------
 
 
-def mean(value: Tensor) -> str:
-    """With its standard error."""
-    return f"{value.mean():.3f} +- {value.std() / len(value) ** 0.5:.3f}"
-
-
 @torch.no_grad()
 def measure(model: Machine, data: Dataset, particles: int, samples: int) -> dict[str, str]:
     """All figures of a row from one set of log-weights, -log p of as many training rows, and 2 log Z from draws of p."""
@@ -214,11 +210,11 @@ def measure(model: Machine, data: Dataset, particles: int, samples: int) -> dict
     return {
         "test rows": str(len(x)),
         "S": str(particles),
-        "-log p": mean(-log_p),
-        "-log p, training rows": mean(-of_seen),
+        "-log p": mean_and_error(-log_p),
+        "-log p, training rows": mean_and_error(-of_seen),
         "s.e. of sampling": f"{relative_variance.clamp(min=0).sum().sqrt() / len(x):.4f}",
-        "-log p~*": mean(-tilde),
-        "-ELBO": mean(-log_w.mean(0)),
+        "-log p~*": mean_and_error(-tilde),
+        "-ELBO": mean_and_error(-log_w.mean(0)),
         "2 log Z": f"{two_log_z.value:.3f}",
         "relative s.e. of Z^2": f"{two_log_z.standard_error:.4f}",
         "-log p*": f"{-tilde.mean() + two_log_z.value:.3f}",
@@ -268,8 +264,14 @@ def run(
     torch.manual_seed(options.seed)
     layers = (8, 4) if options.smoke else LAYERS[name]
     data, groups = load(name, output, options)
-    nets = {"deterministic": recipe.deterministic, "transposed": recipe.transposed}
-    model = Machine(layers, data.x_train, groups, output, **nets)
+    model = Machine(
+        layers,
+        data.x_train,
+        groups,
+        output,
+        deterministic=recipe.deterministic,
+        transposed=recipe.transposed,
+    )
     changed = {key: value for key, value in asdict(recipe).items() if value != getattr(Recipe(), key)}
     tag = "".join(f"_{key}-{value}" for key, value in changed.items()).replace(" ", "")
     path = place.checkpoints / f"helmholtz_{name}_{objective}_{output}_seed{options.seed}{tag}.pt"
@@ -308,8 +310,8 @@ def without_latents(name: str, objective: str, output: str, options: Any) -> dic
         "x": output,
         "objective": "none: columns before" if output == "autoregressive" else "none: independent",
         "seed": "",
-        "-log p": mean(loss),
-        "-log p, training rows": mean(of_seen),
+        "-log p": mean_and_error(loss),
+        "-log p, training rows": mean_and_error(of_seen),
         "test rows": str(len(loss)),
         **provenance(),
         "command": command(name, objective, output),
@@ -356,11 +358,15 @@ def main() -> None:
     keys = ("data set", "x", "objective", "seed")
     objectives = options.objective or [*OBJECTIVES, "none"]
     with folders(options.smoke) as place:
-        for choice in itertools.product(options.data_set or LAYERS, objectives, options.x or OUTPUTS):
-            if "none" in choice:
-                row = without_latents(*choice, options)
+        for name, objective, output in itertools.product(
+            options.data_set or LAYERS, objectives, options.x or OUTPUTS
+        ):
+            if objective != "none":
+                row = run(name, objective, output, options, recipe, place)
+            elif not options.validation_only:  # all figures of the columns alone are of test rows
+                row = without_latents(name, objective, output, options)
             else:
-                row = run(*choice, options, recipe, place)
+                continue
             if not options.validation_only:
                 put(place.results / "helmholtz.csv", [row], keys)
             show([row])

@@ -37,7 +37,7 @@ import torch
 from matplotlib.figure import Figure
 from pyro.distributions import TorchDistribution
 from pyro.infer import Trace_ELBO
-from runs import Folders, Limits, arguments, batches, folders, provenance, put, train
+from runs import Folders, Limits, arguments, batches, folders, mean_and_error, provenance, put, train
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -271,7 +271,7 @@ def mean_bound(recipe: Recipe, model: Any, x: Tensor, y: Tensor) -> str:
     """Mean ELBO of the rows, one draw each, and its standard error, from the means of a hundred batches."""
     bound, parts = recipe.bound(), blocks(recipe, x, y, max(1, len(x) // 100))
     means = torch.tensor([-bound.loss(model.model, model.guide, *args) / len(args[0]) for args in parts])
-    return f"{means.mean():.2f} +- {means.std() / len(means) ** 0.5:.2f}"
+    return mean_and_error(means, 2)
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def published_net(row: Row) -> str:
 def fit_or_rows(row: Row, quantity: str, reference: float) -> str:
     """Whether the net lacks fit or training rows."""
     if quantity != "-log p":
-        return "the reference is of Bernoulli columns" if row["x"] != "bernoulli" else ""
+        return "the reference is of independent Bernoulli columns" if row["x"] != "bernoulli" else ""
     test, seen = (number(row.get(name, "")) for name in ("-log p", "-log p, training rows"))
     if test is None or seen is None:
         return ""

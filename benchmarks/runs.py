@@ -39,7 +39,9 @@ __all__ = [
     "folders",
     "in_turn",
     "kept",
+    "mean_and_error",
     "mean_and_interval",
+    "minimise",
     "provenance",
     "publish",
     "put",
@@ -198,6 +200,19 @@ def train(
     return progress
 
 
+def minimise(parameters: Sequence[Tensor], loss: Callable[[], Tensor], steps: int) -> None:
+    """The parameters at the minimum of a deterministic loss, by L-BFGS with at most so many steps."""
+    optim = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optim.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optim.step(closure)
+
+
 # ---- times ------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +285,11 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, heads, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def mean_and_error(values: Tensor, digits: int = 3) -> str:
+    """The mean and its standard error."""
+    return f"{values.mean():.{digits}f} +- {values.std() / len(values) ** 0.5:.{digits}f}"
 
 
 def mean_and_interval(values: Sequence[float]) -> str:

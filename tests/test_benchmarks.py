@@ -237,7 +237,7 @@ def test_autoregressive_columns_are_a_distribution(script):
 
 
 def test_fitted_columns_are_a_maximum(script):
-    """Of rows drawn from it, the fit finds the law: no further from the truth than sampling puts it, and stationary."""
+    """Of rows drawn from it, the fit finds the law: no further from the truth than sampling puts it."""
     columns = script("autoregressive_columns")
     truth = columns.AutoregressiveColumns(torch.tensor([0.5, -0.3, 0.2]), 1.5 * torch.ones(3, 3))
     x, test = truth.sample((20_000,)), truth.sample((20_000,))
