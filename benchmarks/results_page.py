@@ -66,6 +66,12 @@ def orders(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) ->
     return ["Orders of the references:", "", *lines, ""] if lines else []
 
 
+def cited(reference: Row) -> str:
+    """Its value, source, and epochs of training where they are known."""
+    epochs = f", {reference['epochs']} epochs" if reference["epochs"] else ""
+    return f"{reference['value']} ({reference['source']}{epochs})"
+
+
 def behind(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) -> list[str]:
     """A sentence on each figure that is behind its reference, and why."""
     lines = []
@@ -80,11 +86,9 @@ def behind(table: Table, rows: list[Row], theirs: dict[tuple[str, str], Row]) ->
             gap, error = abs(own - float(other["value"])), number(row[quantity].partition("+- ")[2])
             close = "within two standard errors" if error and gap < 2 * error else ""
             why = [part for part in (close, table.why(row, quantity, float(other["value"]))) if part]
-            epochs = theirs.get((table.key(row), "epochs"))
-            source = other["source"] + (f", {epochs['value']} epochs" if epochs else "")
             name = ", ".join(row[c] for c in table.columns[: 1 if table.name == "models_mnist" else 3])
             lines.append(
-                f"- {name}: {quantity} is {own:g}, {gap:.2f} behind {other['value']} ({source}), after {row['epochs']} "
+                f"- {name}: {quantity} is {own:g}, {gap:.2f} behind {cited(other)}, after {row['epochs']} "
                 f"epochs and {row['training CPU s']} s of CPU time{': ' if why else ''}{'; '.join(why)}."
             )
     return ["Behind:", "", *(line.replace("*", "\\*") for line in lines), ""] if lines else []
@@ -107,7 +111,7 @@ def section(table: Table, references: list[Row]) -> list[str]:
             found = [theirs.get((table.key(row), q)) for q in quantities]
             body.append(
                 [row.get(h, "") for h in heads]
-                + [f"{r['value']} ({r['source']})" if r else "" for r in found]
+                + [cited(reference) if reference else "" for reference in found]
             )
         lines += [*markdown(heads + [f"{q}, reference" for q in quantities], body), ""]
     lines += behind(table, rows, theirs)

@@ -100,7 +100,7 @@ def section(script, tmp_path, monkeypatch):
     def lines(name, results, theirs):
         (tmp_path / f"results/{name}.csv").write_text(results)
         references = [
-            {"table": name, "row": row, "quantity": quantity, "value": value, "source": "paper"}
+            {"table": name, "row": row, "quantity": quantity, "value": value, "source": "paper", "epochs": ""}
             for (row, quantity), value in theirs.items()
         ]
         (table,) = [table for table in page.TABLES if table.name == name]
