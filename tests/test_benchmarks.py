@@ -90,6 +90,12 @@ def test_references_are_numbers_with_a_source():
     assert len(set(keys)) == len(keys)
 
 
+def test_a_reference_is_cited_with_its_epochs_where_they_are_known(script):
+    cited = script("results_page").cited
+    assert cited({"value": "0.83", "source": "paper", "epochs": "78"}) == "0.83 (paper, 78 epochs)"
+    assert cited({"value": "-90.5", "source": "replication", "epochs": ""}) == "-90.5 (replication)"
+
+
 @pytest.fixture
 def section(script, tmp_path, monkeypatch):
     """The lines of a table's section, from its results and the references {(row, quantity): value}."""
