@@ -54,10 +54,15 @@ def number(text: str) -> float | None:
     return float(found[0]) if found else None
 
 
+def published_model(row: Row) -> str:
+    """The model is the same wherever it starts."""
+    return row["model"].partition("-from-")[0]
+
+
 def elbo_without_constant(row: Row) -> str:
     """The tutorial's GMVAE leaves the uniform prior over its ten classes out of the bound."""
     elbo = number(row["ELBO, all test rows"])
-    return "" if elbo is None or row["model"] != "gmvae" else f"{elbo + math.log(10):.2f}"
+    return "" if elbo is None or published_model(row) != "gmvae" else f"{elbo + math.log(10):.2f}"
 
 
 def with_its_error(row: Row) -> str:
@@ -267,7 +272,8 @@ TABLES = (
         "At the sizes of their papers, in nats an image, log p on the first test rows; densities of grey values for vae and "
         "cvae. The references are the tutorial authors' best test bounds. Theirs of grey values pass through a sigmoid in "
         "float32, where the log-density of a black pixel ends at 2.7 nats; from logits, as we train, it reaches 5.2. "
-        '"Saturating density" is the bound of our nets by their formula, the one to compare.',
+        '"Saturating density" is the bound of our nets by their formula, the one to compare. gmvae-from-vae is gmvae '
+        "started from a VAE and the clusters of its codes; its epochs and seconds include the VAE's.",
         (
             "model",
             "seed",
@@ -284,7 +290,7 @@ TABLES = (
             "test rows",
             *SPENT,
         ),
-        key=lambda row: row["model"],
+        key=published_model,
         compared={
             "ELBO, all test rows": 1,
             "ELBO, all test rows, saturating density": 1,
