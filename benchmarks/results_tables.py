@@ -98,7 +98,7 @@ def share_of_updates(row: Row, quantity: str, reference: float) -> str:
 def labels_unseen(row: Row, quantity: str, reference: float) -> str:
     if quantity != "cluster accuracy":
         return ""
-    return "no label enters the bound that is trained, and another start finds other clusters"
+    return "no label enters the bound that is trained, and the start is random"
 
 
 SPENT = ("training wall s", "training CPU s")
