@@ -17,7 +17,9 @@ from pyro_cpa.models.vae import VAE
 if TYPE_CHECKING:
     from pyro_cpa.models.gaussian_mixture_vae import GaussianMixtureVAE
 
-__all__ = ["codes_mixture", "copy_networks", "fit_classifier", "set_prior"]
+__all__ = ["codes_mixture", "copy_layers", "fit_classifier", "paired_networks", "set_prior"]
+
+Pair = tuple[nn.Linear, nn.Linear]
 
 ROWS_AT_ONCE = 4096
 # Of the largest variance that a latent's mean has over the data: those below carry next to nothing.
@@ -33,25 +35,21 @@ def inner_kinds(network: nn.Module) -> list[type[nn.Module]]:
     return [type(m) for m in network.modules() if not isinstance(m, nn.Dropout) and not list(m.children())]
 
 
-@torch.no_grad()
-def copy_network(source: nn.Module, target: nn.Module, labels: int = 0, *, first: bool = False) -> None:
-    """The target computes what the source does, whatever the ``labels`` inputs that it takes besides, ``first`` or last."""
-    same = inner_kinds(source) == inner_kinds(target)
-    for ours, theirs in zip(linear_layers(target), linear_layers(source), strict=False):
-        extra = ours.in_features - theirs.in_features
-        same = same and extra in (0, labels) and ours.out_features == theirs.out_features
-        if same:
-            ours.weight.zero_()
-            ours.weight[:, slice(extra, None) if first else slice(theirs.in_features)] = theirs.weight
-            ours.bias.copy_(theirs.bias)
-    if not same:
+def paired_layers(target: nn.Module, source: nn.Module, labels: int = 0) -> list[Pair]:
+    """The linear layers of two networks that differ in the ``labels`` inputs that the target takes besides."""
+    pairs = list(zip(linear_layers(target), linear_layers(source), strict=False))
+    if inner_kinds(target) != inner_kinds(source) or any(
+        ours.in_features - theirs.in_features not in (0, labels) or ours.out_features != theirs.out_features
+        for ours, theirs in pairs
+    ):
         raise InvalidData(
             "the VAE's networks differ from those of the mixture; build both with the same hidden_dims and activation."
         )
+    return pairs
 
 
-def copy_networks(model: GaussianMixtureVAE, vae: VAE) -> None:
-    """Encoder and decoder of the VAE, blind to y, and a classifier whose hidden layers are those of the encoder."""
+def paired_networks(model: GaussianMixtureVAE, vae: VAE) -> tuple[list[Pair], list[Pair]]:
+    """The layers of the mixture that begin as layers of the VAE: those that see y after, and before, the rest."""
     for name, theirs, ours in (
         ("data_dim", vae.data_dim, model.data_dim),
         ("latent_dim", vae.latent_dim, model.latent_dim),
@@ -59,13 +57,22 @@ def copy_networks(model: GaussianMixtureVAE, vae: VAE) -> None:
     ):
         if theirs != ours:
             raise InvalidData(f"the VAE's {name} is {theirs}, the mixture's {ours}; expected the same.")
-    networks = model.networks
-    copy_network(vae.encoder, networks.encoder, model.num_clusters)
-    copy_network(
-        vae.decoder, networks.decoder, model.num_clusters if networks.decoder_sees_label else 0, first=True
-    )
-    copy_network(vae.encoder.hidden, model.classifier[:-1])
-    model.likelihood.load_state_dict(vae.likelihood.state_dict())
+    networks, labels = model.networks, model.num_clusters
+    encoder = paired_layers(networks.encoder, vae.encoder, labels)
+    classifier = paired_layers(model.classifier[:-1], vae.encoder.hidden)
+    decoder = paired_layers(networks.decoder, vae.decoder, labels if networks.decoder_sees_label else 0)
+    return encoder + classifier, decoder
+
+
+@torch.no_grad()
+def copy_layers(label_last: list[Pair], label_first: list[Pair]) -> None:
+    """Each layer computes what its pair does, whatever the label."""
+    for pairs, first in ((label_last, False), (label_first, True)):
+        for ours, theirs in pairs:
+            extra = ours.in_features - theirs.in_features
+            ours.weight.zero_()
+            ours.weight[:, slice(extra, None) if first else slice(theirs.in_features)] = theirs.weight
+            ours.bias.copy_(theirs.bias)
 
 
 @torch.no_grad()

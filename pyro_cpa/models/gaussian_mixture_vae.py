@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from pyro_cpa.errors import InvalidData, UnsupportedModel
 from pyro_cpa.infer.evidence import Evidence
-from pyro_cpa.models.cluster_start import codes_mixture, copy_networks, fit_classifier, set_prior
+from pyro_cpa.models.cluster_start import (
+    codes_mixture,
+    copy_layers,
+    fit_classifier,
+    paired_networks,
+    set_prior,
+)
 from pyro_cpa.models.latent_model import (
     UNLABELLED,
     AbstractLatentModel,
@@ -220,9 +226,11 @@ class GaussianMixtureVAE(AbstractLatentModel):
             raise InvalidData(
                 f"x has {len(x)} rows; expected at least as many as clusters, {self.num_clusters}."
             )
-        copy_networks(self, vae)
+        layers = paired_networks(self, vae)
         responsibilities, location, variance = codes_mixture(vae, x, self.num_clusters, restarts)
         responsibilities = responsibilities.to(x)
+        copy_layers(*layers)
+        self.likelihood.load_state_dict(vae.likelihood.state_dict())
         set_prior(prior, location, variance)
         fit_classifier(self, x, responsibilities, steps)
         return responsibilities

@@ -122,8 +122,11 @@ def test_bad_input(blobs, reader):
     x, _ = blobs
     with pytest.raises(InvalidData, match="2 rows; expected at least as many as clusters, 3"):
         mixture().start_from(reader, x[:2])
+    model = mixture()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(InvalidData, match="the same for all rows"):
-        mixture().start_from(reader, torch.zeros(9, 2))
+        model.start_from(reader, torch.zeros(9, 2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(InvalidData, match="restarts"):
         mixture().start_from(reader, x, restarts=0)
     with pytest.raises(UnsupportedModel, match="use 'prior' or 'both'"):
